@@ -1,10 +1,11 @@
-# `make vlm` and `make test` work on a fresh machine with Python 3.11 or newer: each builds what it needs.
+# `make vlm`, `make mllm` and `make test` work on a fresh machine with Python 3.11 or newer: each builds what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/vlm
+MLLM_RUN ?= runs/mllm
 
-.PHONY: vlm test test-quick lint bench install clean
+.PHONY: vlm mllm test test-quick lint bench install clean
 
 install: $(VENV)/.installed
 
@@ -12,11 +13,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hyma_mllm needs Python 3.11 or newer; set PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[zoo,trackers,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[zoo,quant,trackers,dev]"
 	touch $@
 
 vlm: install
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml recipes/vlm.py --run $(RUN)
+
+mllm: install
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml recipes/mllm.py --run $(MLLM_RUN)
 
 test: install
 	$(BIN)/python -m pytest
@@ -31,6 +35,7 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/contrastive_step.py
+	$(BIN)/python benchmarks/causal_step.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

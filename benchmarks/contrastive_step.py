@@ -7,24 +7,16 @@
 (c) tiled InfoNCE against full logits, forward and backward.
 
 Every contestant runs in fresh processes; rivals alternate, and the best time of all rounds counts, so that what else
-the machine does hits both alike. The dense head limits the width of the code in (a): by default it is the paper's 512,
-or the widest below it that fits in memory, and the table names it. On Linux times are taken with huge pages (torch's
-`THP_MEM_ALLOC_ENABLE`), without which much of them is the kernel's, handing out memory; peaks are taken apart, without
-huge pages, which round them up, and without the memory that the C library keeps for later.
+the machine does hits both alike; `measure.py` says how times and peaks are taken. The dense head limits the width of
+the code in (a): by default it is the paper's 512, or the widest below it that fits in memory, and the table names it.
 """
 
 import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -40,6 +32,11 @@ from hyma_mllm.hypernetwork.presets import HypernetworkConfig
 from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective, info_nce
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.paths import write_text
+
+if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
+    from benchmarks import measure
+else:
+    import measure
 
 IMAGE_WIDTHS = (384, 768, 1024)
 TEXT_WIDTHS = (384, 768, 768, 1024)
@@ -177,78 +174,34 @@ def infonce_step(case: Case) -> Step:
     return tiled if case.variant == "tiled" else full
 
 
-def start_of_peak(device: str) -> int:
-    """Bytes in use now; the peak is counted from here on."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5")  # Linux: the high-water mark starts anew at what is in use
-    return psutil.Process().memory_info().rss
-
-
-def peak(device: str) -> int:
-    """Most bytes in use since `start_of_peak`; since the process began where the mark cannot be reset."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux' ru_maxrss starts at the peak of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def measure(case: Case, seconds: float) -> dict[str, float]:
+def measured(case: Case, seconds: float) -> dict[str, float]:
     """Best step time and peak bytes of one contestant, in this process."""
     torch.manual_seed(0)
     build = {"hypernetwork": hypernetwork_step, "connectors": connectors_step, "infonce": infonce_step}[case.kind]
-    before = start_of_peak(case.device)
+    before = measure.start_of_peak(case.device)
     step = build(case)
     if case.kind == "infonce":
         # Its inputs are the same for both and no part of the claim (the others own weights), and neither is the code of
         # the libraries, which is loaded at its first use.
         build(replace(case, batch=64))()
-        before = start_of_peak(case.device)
-
-    def finished_step() -> None:
-        step()
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-
-    finished_step()
-    times: list[float] = []
-    while not times or sum(times) < seconds:
-        began = time.perf_counter()
-        finished_step()
-        times.append(time.perf_counter() - began)
-    return {"seconds": min(times), "peak_bytes": peak(case.device) - before}
-
-
-def in_fresh_process(case: Case, seconds: float, **environment: str) -> dict[str, float]:
-    """`measure` in a process of its own, with these environment variables."""
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--seconds", str(seconds)]
-    variables = {**os.environ, **environment}
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
-
-
-def best_time(case: Case, seconds: float) -> float:
-    """Seconds of the fastest step, with huge pages."""
-    return in_fresh_process(case, seconds, THP_MEM_ALLOC_ENABLE="1")["seconds"]
-
-
-def exact_peak(case: Case) -> float:
-    """Bytes at the peak of two steps, when all that is freed goes back to the system and pages are small."""
-    return in_fresh_process(case, 0.0, THP_MEM_ALLOC_ENABLE="0", MALLOC_MMAP_THRESHOLD_="131072")["peak_bytes"]
+        before = measure.start_of_peak(case.device)
+    measure.fastest(step, 0.0, case.device)  # the first step is never the fastest
+    best = measure.fastest(step, seconds, case.device)
+    return {"seconds": best, "peak_bytes": measure.peak(case.device) - before}
 
 
 def compare(claim: Claim, rounds: int, seconds: float) -> dict[str, Any]:
     """Both contestants in turn, the best time of all rounds and the peak, and their ratios."""
     sides = {"ours": claim.ours, "other": claim.other}
-    times = [{side: best_time(case, seconds) for side, case in sides.items()} for _ in range(rounds)]
+    times = [
+        {side: measure.for_time(__file__, asdict(case), seconds)["seconds"] for side, case in sides.items()}
+        for _ in range(rounds)
+    ]
     best = {
-        side: {"seconds": min(found[side] for found in times), "peak_bytes": exact_peak(case)}
+        side: {
+            "seconds": min(found[side] for found in times),
+            "peak_bytes": measure.for_peak(__file__, asdict(case))["peak_bytes"],
+        }
         for side, case in sides.items()
     }
     speedup = best["other"]["seconds"] / best["ours"]["seconds"]
@@ -262,31 +215,12 @@ def compare(claim: Claim, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def fitting_code_width(device: str) -> int:
-    """The paper's code of 512, or the widest below it whose dense head trains in 3/4 of the free memory."""
+    """The paper's code of 512, or the widest below it whose dense head trains in 85 % of the free memory."""
     layers = {layer for text in TEXT_WIDTHS for image in IMAGE_WIDTHS for layer in SPEC.layers(text, image)}
     weights = sum(layer.fan_out * (layer.fan_in + 1) for layer in layers)
     bytes_per_parameter = 4 * 4  # float32 weight, gradient and two moments
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    return next((code for code in (512, 256, 128) if code * weights * bytes_per_parameter < free * 3 / 4), 64)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers are measured on, and how busy it is just before (1-minute load average)."""
-    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load_average": psutil.getloadavg()[0],
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_lines() -> list[str]:
-    listing = Path("/proc/cpuinfo")
-    return listing.read_text().splitlines() if listing.exists() else []
+    return next((code for code in (512, 256, 128) if code * weights * bytes_per_parameter < free * 0.85), 64)
 
 
 def table(rows: list[dict[str, Any]], where: dict[str, Any]) -> Table:
@@ -322,10 +256,10 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(measure(Case(**json.loads(arguments.case)), arguments.seconds)))
+        print(json.dumps(measured(Case(**json.loads(arguments.case)), arguments.seconds)))
         return
     wanted = claims(arguments.batch, arguments.code or fitting_code_width(arguments.device), arguments.device)
-    where = machine(arguments.device)
+    where = measure.machine(arguments.device)
     rows = [compare(claim, arguments.rounds, arguments.seconds) for claim in wanted]
     if arguments.out:
         write_text(arguments.out, json.dumps({"machine": where, "claims": rows}, indent=2) + "\n")

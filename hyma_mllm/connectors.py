@@ -37,7 +37,7 @@ class ConnectorSpec:
 
     Attributes:
         depth: hidden layers; 0 is a Linear.
-        hidden: width of each hidden layer.
+        hidden: width of each hidden layer; 0 takes the width of the output (LLaVA's projector).
         activation: between layers; `gelu` is the exact one, by the error function.
 
     Raises:
@@ -53,8 +53,10 @@ class ConnectorSpec:
             raise HymaError(
                 f"The connector depth {self.depth} is not a number of hidden layers; write 0, 1, 2 or more."
             )
-        if not isinstance(self.hidden, int) or self.hidden < 1:
-            raise HymaError(f"The connector's hidden width {self.hidden} is not positive; write 1024, for example.")
+        if not isinstance(self.hidden, int) or self.hidden < 0:
+            raise HymaError(
+                f"The connector's hidden width {self.hidden} is negative; write 1024, say, or 0 for the output's width."
+            )
         if self.activation not in get_args(Activation):
             raise HymaError(f"The connector activation {self.activation!r} is unknown; write relu or gelu.")
 
@@ -77,7 +79,7 @@ class ConnectorSpec:
 
     def layers(self, d_in: int, d_out: int) -> tuple[LayerShape, ...]:
         """The Linear layers from input to output; activations take the odd indices of the nn.Sequential."""
-        widths = [d_in, *[self.hidden] * self.depth, d_out]
+        widths = [d_in, *[self.hidden or d_out] * self.depth, d_out]
         return tuple(LayerShape(2 * n, widths[n], widths[n + 1]) for n in range(self.depth + 1))
 
     def parameters(self, d_in: int, d_out: int) -> int:
@@ -205,3 +207,23 @@ def stack(states: Sequence[Mapping[str, Tensor]]) -> ConnectorParams:
     if not states or any(set(state) != set(states[0]) for state in states):
         raise ValueError("connectors can only be stacked if there are some, and all have the same names")
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def folded(state: Mapping[str, Tensor], mean: Tensor, spread: Tensor, scale: float) -> dict[str, Tensor]:
+    """The plain state dict that maps raw inputs as `state` maps standardised ones, its output times `scale`.
+
+    scale * f((x - mean) / spread): exact, for the first and the last layer of a connector are affine.
+
+    Args:
+        state: one pair's plain state dict, a Linear or an MLP.
+        mean: [d_in] subtracted from every input.
+        spread: [d_in] that divides what is left.
+        scale: of the output.
+    """
+    found = {name: value.detach().double().clone() for name, value in state.items()}
+    last = max(int(name.split(".")[0]) for name in state)
+    found["0.weight"] = found["0.weight"] / spread.double()
+    found["0.bias"] = found["0.bias"] - found["0.weight"] @ mean.double()
+    for kind in ("weight", "bias"):
+        found[f"{last}.{kind}"] = found[f"{last}.{kind}"] * scale
+    return {name: value.to(state[name].dtype) for name, value in found.items()}

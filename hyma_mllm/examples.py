@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hyma_mllm.data.pictures import open_picture
+from hyma_mllm.data.pictures import checked_picture
 from hyma_mllm.paths import atomic_path, write_text
 from hyma_mllm.search.prepare import Prepared
 
@@ -79,7 +79,7 @@ def _thumbnail(run: Path, prepared: Prepared, row: int) -> str:
     relative = Path("examples") / f"{row}.png"
     path = run / relative
     if not path.exists():
-        picture = open_picture(prepared.rows[row].image)
+        picture = checked_picture(prepared.rows[row].key, prepared.rows[row].image)
         picture.thumbnail((SIDE, SIDE))
         with atomic_path(path) as temporary:
             picture.save(temporary, "PNG")

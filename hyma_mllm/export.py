@@ -36,7 +36,8 @@ def save_standardisers(run: Path, image: Sequence[Standardiser], text: Sequence[
     for side, standardisers in (("image", image), ("text", text)):
         for number, standardiser in enumerate(standardisers):
             for name, value in standardiser.state_dict().items():
-                tensors[f"{side}.{number}.{name}"] = value.cpu().contiguous()
+                # A control shares its encoder's standardiser, and a file holds no tensor twice.
+                tensors[f"{side}.{number}.{name}"] = value.cpu().contiguous().clone()
     with atomic_path(run / STANDARDISERS) as temporary:
         save_file(tensors, temporary)
 
@@ -54,7 +55,7 @@ def best_unit(result: SearchResult, method: str = "hyma") -> tuple[Ranking, int]
     scored = [
         (value, ranking, pair)
         for ranking in first
-        for pair, value in enumerate(ranking.details["validation retrieval"])
+        for pair, value in enumerate(ranking.details[f"validation {result.tasks[0]}"])
     ]
     _, ranking, pair = max(scored, key=lambda entry: entry[0])
     return ranking, pair
@@ -74,6 +75,27 @@ def stitch(run: Path, pair: str | None = None, connector: str | None = None, met
     """
     result = SearchResult.load(run / "ranking.json")
     grid = grid_of(result)
+    ranking, index = chosen_unit(run, result, grid, pair, connector, method, "connectors")
+    return _assemble(run, result, grid, ranking, index)
+
+
+def chosen_unit(
+    run: Path, result: SearchResult, grid: PairGrid, pair: str | None, connector: str | None, method: str, what: str
+) -> tuple[Ranking, int]:
+    """The ranking and the pair that `stitch` is asked for, chosen on validation where it names none.
+
+    Args:
+        run: the run directory, for messages.
+        result: of the run.
+        grid: of the result.
+        pair: as of `stitch`.
+        connector: likewise.
+        method: likewise.
+        what: how a message calls the connectors.
+
+    Raises:
+        HymaError: no such pair, family or method.
+    """
     ranking, index = best_unit(result, method)
     if pair is not None:
         names = [grid.name(number) for number in range(len(grid))]
@@ -84,9 +106,8 @@ def stitch(run: Path, pair: str | None = None, connector: str | None = None, met
     if connector is not None:
         candidates = [r for r in candidates if r.connector == connector]
         if not candidates:
-            raise HymaError(f"The run {run} has no {connector} connectors; {near_names(connector, result.connectors)}")
-    ranking = max(candidates, key=lambda r: r.details["validation retrieval"][index])
-    return _assemble(run, result, grid, ranking, index)
+            raise HymaError(f"The run {run} has no {connector} {what}; {near_names(connector, result.connectors)}")
+    return max(candidates, key=lambda r: r.details[f"validation {result.tasks[0]}"][index]), index
 
 
 def grid_of(result: SearchResult) -> PairGrid:
@@ -96,6 +117,7 @@ def grid_of(result: SearchResult) -> PairGrid:
         tuple(entry["width"] for entry in result.vision),
         tuple(entry["id"] for entry in result.text),
         tuple(entry["width"] for entry in result.text),
+        "vision_to_text" if result.case == "mllm" else "text_to_vision",
     )
 
 
@@ -104,8 +126,8 @@ def _assemble(run: Path, result: SearchResult, grid: PairGrid, ranking: Ranking,
 
     pair = grid.pair(index)
     vision, text_model = image_card(grid.vision_ids[pair.vision]), text_card(grid.text_ids[pair.text])
-    _check_revision(vision, result.vision[pair.vision], run)
-    _check_revision(text_model, result.text[pair.text], run)
+    check_revision(vision, result.vision[pair.vision], run)
+    check_revision(text_model, result.text[pair.text], run)
     search = result.config["search"]
     spec = ConnectorSpec.named(ranking.connector, hidden=search["hidden"], activation=search["activation"])
     path = run / "connectors" / f"{ranking.method}-{ranking.connector}-{ranking.seed}.safetensors"
@@ -125,7 +147,7 @@ def _assemble(run: Path, result: SearchResult, grid: PairGrid, ranking: Ranking,
         text=text_model,
         connector=spec,
         scores=scores,
-        data=_credits(result),
+        data=data_credits(result),
     )
     return StitchedVLM.from_parts(
         load_image_encoder(config.vision_id),
@@ -136,7 +158,7 @@ def _assemble(run: Path, result: SearchResult, grid: PairGrid, ranking: Ranking,
     )
 
 
-def _credits(result: SearchResult) -> tuple[DataCredit, ...]:
+def data_credits(result: SearchResult) -> tuple[DataCredit, ...]:
     """Whom the run's pictures and words are owed to; a source whose credit is just a sentence keeps its name."""
     known = {entry["name"]: entry for entry in result.data.get("attribution", []) if isinstance(entry, dict)}
     return tuple(
@@ -145,7 +167,7 @@ def _credits(result: SearchResult) -> tuple[DataCredit, ...]:
     )
 
 
-def _check_revision(card: ModelCard, searched: Mapping[str, Any], run: Path) -> None:
+def check_revision(card: ModelCard, searched: Mapping[str, Any], run: Path) -> None:
     """Connectors fit the weights that they were trained on, and no others of the same name.
 
     Imported features name the file that they were read from, not the weights that made it; only the width tells.

@@ -4,8 +4,6 @@ Everything is read back from the run directory (`ranking.json`, `ledger.json`, `
 the page can be written again at any time. All text is escaped, all pictures are inlined, nothing is linked.
 """
 
-import base64
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,18 +13,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.paths import atomic_path, write_text
+from hyma_mllm.report_answers import blind_rows, read_answers
 from hyma_mllm.report_log import Log, read_log
+from hyma_mllm.report_pictures import inlined
 from hyma_mllm.report_plots import CostPoint, cost_figure, curves_figure, heat_map_figure, svg_uri
 from hyma_mllm.search.ledger import Cost, Ledger, load_ledgers, shared_embedding
 from hyma_mllm.search.ranking import METRICS, Interval, SearchResult, interval, known
 
-THUMBNAIL = 224
 FIRST_ROWS = 10
 
 
@@ -95,6 +93,9 @@ def write_report(run: Path) -> Path:
         curves=_curves(result, log),
         damaged=log.damaged,
         examples=_examples(run),
+        answered=read_answers(run),
+        blind=_blind(result),
+        sides=("vision tower", "LLM") if result.case == "mllm" else ("image encoder", "text encoder"),
         attribution=_attribution(result.data.get("attribution", [])),
         config=json.dumps(result.config, indent=2, sort_keys=True, ensure_ascii=False),
         first_rows=FIRST_ROWS,
@@ -313,10 +314,10 @@ def _examples(run: Path) -> list[dict[str, Any]]:
             {
                 "kind": str(example["kind"]),
                 "query": str(example["query"]),
-                "image": _picture(run, example["image"]),
+                "image": inlined(run, example["image"]),
                 "retrieved": [
                     {
-                        "image": _picture(run, hit["image"]),
+                        "image": inlined(run, hit["image"]),
                         "caption": str(hit["caption"]),
                         "rank": int(hit["rank"]),
                         "right": bool(hit["right"]),
@@ -330,19 +331,12 @@ def _examples(run: Path) -> list[dict[str, Any]]:
         raise HymaError(f"{path} is not a list of retrievals ({error}); remove it, or run the search again.") from error
 
 
-def _picture(run: Path, name: str) -> str | None:
-    """A picture under `examples/`, its path relative to the run, as a `data:` address of at most 224 pixels a side."""
-    folder = (run / "examples").resolve()
-    path = (run / name).resolve()
-    if not path.is_relative_to(folder):
-        raise ValueError(f"the picture {name} lies outside {folder}")
-    if not path.is_file():
-        return None
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.convert("RGBA").save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _blind(result: SearchResult) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(heading, rows of `blind_rows`) of the main method, per connector family; empty in the VLM case."""
+    if result.case != "mllm":
+        return []
+    mains = [(main_method(result, connector), connector) for connector in result.connectors]
+    return [(f"{main}, {connector}", blind_rows(result, main, connector)) for main, connector in mains if main]
 
 
 def _attribution(entries: Sequence[Any]) -> list[dict[str, str]]:

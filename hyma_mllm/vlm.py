@@ -1,19 +1,15 @@
 """The VLM search's configuration and its bill: what a run will do, checked and priced before a byte is embedded."""
 
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import psutil
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 
 from hyma_mllm.data.collection import DataConfig
 from hyma_mllm.data.corpora import CORPORA
@@ -30,7 +26,6 @@ from hyma_mllm.paths import cache_dir
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
-from hyma_mllm.search.trainer import check_processes
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.text import TEXT_CARDS, text_card, text_on_disk
 from hyma_mllm.zoo.vision import DEFAULT_IMAGE_IDS, image_card, image_on_disk
@@ -107,53 +102,6 @@ class VLMConfig:
             tuple(card.id for card in text),
             tuple(card.width for card in text),
         )
-
-
-def parse(default: Path) -> tuple[VLMConfig, bool]:
-    """Read the command line: (configuration, dry run?).
-
-    Args:
-        default: YAML whose values hold where the command line says nothing.
-    """
-    parser = jsonargparse.ArgumentParser(
-        description=(VLMConfig.__doc__ or "").splitlines()[0], default_config_files=[str(default)]
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later options win over it")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the bill, and stop")
-    parser.add_class_arguments(VLMConfig)
-    found = parser.instantiate_classes(parser.parse_args())
-    names = VLMConfig.__dataclass_fields__
-    return VLMConfig(**{name: found[name] for name in names}), bool(found["dry_run"])
-
-
-def start(config: VLMConfig) -> Accelerator:
-    """The accelerator of this process, checked against what was asked for.
-
-    Raises:
-        HymaError: another number of processes, a batch that they cannot share, or a tracker that is not installed.
-    """
-    # A rival trains only some shapes' connectors in a step, so some parameters may lack a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.tracker,
-            project_dir=str(config.run) if config.tracker else None,
-            kwargs_handlers=[unused],
-        )
-    except (ImportError, ValueError) as error:
-        raise HymaError(
-            f"Accelerate cannot start ({str(error).splitlines()[0]}); change mixed_precision or tracker."
-        ) from error
-    check_processes(accelerator, config.processes, config.search.batch)
-    # Launchers set one thread a process, which leaves most of a CPU idle.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.threads or max(1, (psutil.cpu_count(logical=False) or 1) // local))
-    level = logging.INFO if accelerator.is_main_process else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger.setLevel(level)
-    set_seed(config.search.seeds[0])
-    return accelerator
 
 
 def check(config: VLMConfig) -> int:

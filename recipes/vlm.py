@@ -7,16 +7,17 @@ accelerate launch recipes/vlm.py --run runs/cc3m --data.stores features/   # fea
 """
 
 import shutil
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from hyma_mllm import command, export, report, vlm
+from hyma_mllm import command, export, launch, report, vlm
 from hyma_mllm.data.collection import attribution, collect, open_sources
 from hyma_mllm.data.library import Library
 from hyma_mllm.examples import write_examples
+from hyma_mllm.objectives.contrastive import ContrastiveObjective
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.imported import describe_imported, hand_over_imported, prepare_imported
 from hyma_mllm.search.interrupt import stop_requests
@@ -24,7 +25,7 @@ from hyma_mllm.search.ledger import Cost, load_ledgers, save_ledgers
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.prepare import Prepared, prepare, split_rows
 from hyma_mllm.search.ranking import SearchResult
-from hyma_mllm.search.session import check_batch, hold_inputs, is_finished, print_sizes, run_all
+from hyma_mllm.search.session import FINISHED, check_batch, hold_inputs, print_sizes, run_all
 
 NOTE = (
     "Scores are retrieval and zero-shot accuracy on held-out concepts. The built-in corpora are illustrations and "
@@ -37,22 +38,13 @@ Inputs = tuple[Prepared, dict[str, Any], Cost]
 
 def main() -> None:
     """The method, from two shelves of models to the best pair."""
-    config, dry_run = vlm.parse(Path(__file__).with_suffix(".yaml"))
-    accelerator = vlm.start(config)
+    config, dry_run = launch.parse(vlm.VLMConfig, Path(__file__).with_suffix(".yaml"))
+    accelerator = launch.start(config)
     vlm.print_bill(config, vlm.check(config), accelerator, accelerator.print)
     if dry_run:
         return
     command.hide_loading_bars()
-    with closing(RunDirectory(config.run, config.resolved(), accelerator.is_main_process)) as run:
-        if is_finished(run.path):
-            accelerator.print(f"The run {run.path} was finished before; set --run to a new directory for another.")
-        else:
-            if config.tracker:
-                accelerator.init_trackers("hyma_mllm", config={"run": str(config.run)})
-            search(config, accelerator, run)
-            accelerator.end_training()
-        if accelerator.is_main_process:
-            show(run.path)
+    launch.in_run_directory(config, accelerator, FINISHED, search, show)
 
 
 def from_pictures(config: vlm.VLMConfig, accelerator: Accelerator, run: RunDirectory) -> Inputs:
@@ -93,7 +85,10 @@ def search(config: vlm.VLMConfig, accelerator: Accelerator, run: RunDirectory) -
             export.save_standardisers(run.path, prepared.image_standardisers, prepared.text_standardisers)
 
         # One hypernetwork learns the connectors of all pairs; the rivals learn theirs one by one.
-        search = Search(config.search, config.hypernetwork, config.objective, prepared, accelerator, run, stop)
+        means = prepared.vision_means, prepared.text_means
+        objective = partial(ContrastiveObjective, config.objective)
+        prepared.task.tiled = config.objective.tile > 0
+        search = Search(config.search, config.hypernetwork, objective, prepared.task, *means, accelerator, run, stop)
         print_sizes(search, accelerator.print)
         rankings, ledgers = run_all(search, embedding)
         if not accelerator.is_main_process:

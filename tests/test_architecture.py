@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import hyma_mllm
+from hyma_mllm.finetune import FinetuneConfig
+from hyma_mllm.mllm import MLLMConfig
 from hyma_mllm.vlm import VLMConfig
 
 ROOT = Path(hyma_mllm.__file__).parent
@@ -24,7 +26,24 @@ FLOORS = [
     {"metrics"},
     {"run_directory", "search"},
     {"stitched"},
-    {"export", "examples", "report", "report_log", "report_plots", "vlm", "command", "cli"},
+    {
+        "export",
+        "examples",
+        "report",
+        "report_log",
+        "report_plots",
+        "report_answers",
+        "report_pictures",
+        "answered",
+        "mllm_export",
+        "vlm",
+        "mllm",
+        "launch",
+        "finetune",
+        "answer",
+        "command",
+        "cli",
+    },
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
@@ -100,7 +119,7 @@ def configurations(kind: type) -> Iterator[type]:
             yield from configurations(type(default))
 
 
-KINDS = list(dict.fromkeys(configurations(VLMConfig)))
+KINDS = list(dict.fromkeys(kind for top in (VLMConfig, MLLMConfig, FinetuneConfig) for kind in configurations(top)))
 
 
 def outside_checks(node: ast.AST) -> Iterator[ast.AST]:

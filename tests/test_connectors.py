@@ -82,7 +82,7 @@ def test_unknown_family(name: str) -> None:
     [
         ({"depth": -1}, "depth -1"),
         ({"depth": 1.5}, "depth 1.5"),
-        ({"hidden": 0}, "hidden width 0"),
+        ({"hidden": -1}, "hidden width -1"),
         ({"activation": "tanh"}, "'tanh' is unknown; write relu or gelu"),
     ],
 )

@@ -1,17 +1,22 @@
 """The check that every row passes before anything expensive is done with it."""
 
-import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 from tqdm import tqdm
 
 from hyma_mllm.data.pictures import BadPicture, open_picture
 from hyma_mllm.data.rows import Row, Source
+from hyma_mllm.data.threads import in_order
 from hyma_mllm.errors import HymaError
-from hyma_mllm.paths import write_text
+
+THREADS = min(8, os.cpu_count() or 1)
+"""That decode pictures; decoding leaves the interpreter free."""
+
+AHEAD = 64
+"""Rows read before their pictures are looked at, which bounds the encoded pictures in memory."""
 
 
 @dataclass(frozen=True)
@@ -34,40 +39,52 @@ class RowAudit:
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
-    def write_bad(self, path: Path) -> None:
-        """List the refused rows as JSON lines of `key` and `reason`; an empty file when there is none."""
-        write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.bad))
+    def refuse_if_bad(self, name: str, max_bad_fraction: float, mend: str) -> None:
+        """Refuse the source as a whole.
+
+        Args:
+            name: of the source.
+            max_bad_fraction: share of refused rows above which it is refused; one without a good row always is.
+            mend: what the message tells the user to do.
+
+        Raises:
+            HymaError: too many rows are bad, the first being named.
+        """
+        total = len(self.rows) + len(self.bad)
+        if len(self.bad) <= max_bad_fraction * total and self.rows:
+            return
+        first = self.bad[0]
+        allowed = f"more than max_bad_fraction {max_bad_fraction:g} allows" if self.rows else "that is all"
+        raise HymaError(
+            f"{name} has {len(self.bad)} bad rows of {total}, {allowed}, the first being {first.key} ({first.reason}); "
+            f"{mend}."
+        )
 
 
-def audit(source: Source, max_bad_fraction: float = 0.01, limit: int = 0, check_pictures: bool = True) -> RowAudit:
+def audit(source: Source, limit: int = 0, threads: int = THREADS) -> RowAudit:
     """Read a source once and part its good rows from its bad ones: unreadable picture, no caption, an empty caption.
 
     Args:
         source: what to read; one that says `pictures_checked` is not opened picture by picture again.
-        max_bad_fraction: share of refused rows above which the source as a whole is refused.
         limit: rows read, the first ones; 0 reads all.
-        check_pictures: decode every picture; without it only the words and keys are checked.
+        threads: that decode pictures, at least 1; rows keep their order whatever their number.
 
     Raises:
-        HymaError: the source is empty, a key stands in it twice, or too many rows are bad.
+        HymaError: the source is empty, or a key stands in it twice.
     """
-    open_pictures = check_pictures and not getattr(source, "pictures_checked", False)
+    check = _bad_words if getattr(source, "pictures_checked", False) else _bad_row
+
+    def checked(row: Row) -> tuple[Row, str | None]:
+        return row, check(row)
+
     result = RowAudit()
-    for row in _with_unique_keys(source, limit):
-        reason = _bad_words(row) or (_bad_picture(row) if open_pictures else None)
+    for row, reason in in_order(checked, _with_unique_keys(source, limit), threads, AHEAD):
         if reason is None:
             result.rows.append(row)
         else:
             result.bad.append(BadRow(row.key, reason))
-    total = len(result.rows) + len(result.bad)
-    if total == 0:
+    if not result.rows and not result.bad:
         raise HymaError(f"{source.name} holds no rows; name a source with pictures and captions.")
-    if len(result.bad) > max_bad_fraction * total:
-        first = result.bad[0]
-        raise HymaError(
-            f"{source.name} has {len(result.bad)} bad rows of {total}, more than max_bad_fraction {max_bad_fraction:g} "
-            f"allows, the first being {first.key} ({first.reason}); mend them or raise max_bad_fraction."
-        )
     return result
 
 
@@ -92,7 +109,14 @@ def _bad_words(row: Row) -> str | None:
     return None
 
 
-def _bad_picture(row: Row) -> str | None:
+def _bad_row(row: Row) -> str | None:
+    if (reason := _bad_words(row)) is not None:
+        return reason
+    return bad_picture(row)
+
+
+def bad_picture(row: Row) -> str | None:
+    """Why the picture of a row cannot be used; None if it can."""
     try:
         open_picture(row.image)
     except BadPicture as refused:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hyma_mllm.data.audit import RowAudit, audit
+from hyma_mllm.data.audit import audit
 from hyma_mllm.data.corpora import CORPORA, default_corpora
 from hyma_mllm.data.rows import Row, Source
 from hyma_mllm.data.sources import open_source
@@ -109,10 +109,11 @@ def collect(sources: Sequence[Source], config: DataConfig, bad_rows: Path) -> li
     seen = set[str]()
     for source in sources:
         # Every row is looked at before the source is refused, so that the list names all that is to be mended.
-        checked = audit(source, max_bad_fraction=1.0, limit=config.limit)
+        checked = audit(source, config.limit)
         refused += [{"source": source.name, "key": bad.key, "reason": bad.reason} for bad in checked.bad]
         write_text(bad_rows, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused))
-        _check_bad_fraction(source.name, checked, config.max_bad_fraction, bad_rows)
+        mend = f"mend those listed in {bad_rows} or raise data.max_bad_fraction"
+        checked.refuse_if_bad(source.name, config.max_bad_fraction, mend)
         twice = next((row.key for row in checked.rows if row.key in seen), None)
         if twice is not None:
             raise HymaError(f"The key {twice} stands in two sources; list {source.name} once, or rename its keys.")
@@ -122,17 +123,6 @@ def collect(sources: Sequence[Source], config: DataConfig, bad_rows: Path) -> li
         parts.append(Part(source, fingerprint, checked.rows))
         logger.info("%s: %d rows, %d refused", source.name, len(checked.rows), len(checked.bad))
     return parts
-
-
-def _check_bad_fraction(name: str, checked: RowAudit, allowed: float, bad_rows: Path) -> None:
-    total = len(checked.rows) + len(checked.bad)
-    if len(checked.bad) <= allowed * total and checked.rows:
-        return
-    first = checked.bad[0]
-    raise HymaError(
-        f"{name} has {len(checked.bad)} bad rows of {total}, more than data.max_bad_fraction {allowed:g} allows, the "
-        f"first being {first.key} ({first.reason}); mend those listed in {bad_rows} or raise data.max_bad_fraction."
-    )
 
 
 def attribution(sources: Sequence[Source]) -> list[dict[str, str]]:

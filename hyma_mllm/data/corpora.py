@@ -253,7 +253,9 @@ def _kept(row: Row, name: str, stage: Path) -> dict[str, Any] | None:
         picture.save(copy)
     else:
         shutil.copyfile(row.image, copy)
-    return asdict(row) | {"image": copy.relative_to(stage).as_posix(), "sha256": sha256_of(copy)}
+    # Captions have none of these, and the index's bytes are part of the corpus' fingerprint.
+    plain = {name: value for name, value in asdict(row).items() if name not in ("turns", "question_type", "choices")}
+    return plain | {"image": copy.relative_to(stage).as_posix(), "sha256": sha256_of(copy)}
 
 
 def _emoji_builder(name: str, archive: NpmArchive, pictures: str) -> Callable[[Path], tuple[Iterator[Row], str]]:

@@ -6,9 +6,7 @@ of an Accelerate launch; NaN, a wrong width and a full disk are refused with not
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.manifest import DTYPES, DtypeName, FeatureKind, check_values, hash_keys
 from hyma_mllm.data.store_writer import StorePlan, StoreWriter, check_free_space, check_keys
+from hyma_mllm.data.threads import in_order
 from hyma_mllm.errors import HymaError
 
 logger = logging.getLogger(__name__)
@@ -211,17 +210,16 @@ def _embed_shards(
         shard: [rows[at : at + config.batch_size] for at in range(0, len(rows), config.batch_size)]
         for shard, rows in ((shard, rows_of(shard)) for shard in todo)
     }
-    ordered = [batch for shard in todo for batch in batches[shard]]
-    items = sum(map(len, ordered))
+    ordered = [item for shard in todo for batch in batches[shard] for item in batch]
     with (
-        closing(_prefetch(load, ordered, config.workers)) as loaded,
-        tqdm(total=items, desc=label, unit="item", disable=quiet) as bar,
+        closing(in_order(load, ordered, config.workers, PREFETCHED_BATCHES * config.batch_size)) as loaded,
+        tqdm(total=len(ordered), desc=label, unit="item", disable=quiet) as bar,
     ):
         began = time.perf_counter()
         for shard, names in todo.items():
             pieces: dict[str, list[Tensor]] = {name: [] for name in names}
             for batch in batches[shard]:
-                outputs = forward(next(loaded))
+                outputs = forward([next(loaded) for _ in batch])
                 for name in names:
                     pieces[name].append(_stored(outputs[name], batch, writers[name]))
                 bar.update(len(batch))
@@ -249,22 +247,3 @@ def _stored(features: Tensor, batch: range, writer: StoreWriter) -> Tensor:
         key = keys[int(overflown.nonzero()[0, 0])]
         raise HymaError(f"The feature of {key} by {plan.model} is too large for {plan.dtype}; store in bf16 or fp32.")
     return stored
-
-
-def _prefetch(load: Callable[[int], T], batches: Iterable[range], workers: int) -> Generator[list[T], None, None]:
-    """The loaded items of each batch in order, read ahead by threads when there are any."""
-    if workers == 0:
-        for batch in batches:
-            yield [load(item) for item in batch]
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
-    waiting: deque[list[Future[T]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(load, item) for item in batch])
-            if len(waiting) > PREFETCHED_BATCHES:
-                yield [item.result() for item in waiting.popleft()]
-        while waiting:
-            yield [item.result() for item in waiting.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -14,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from hyma_mllm.data.features import FeatureStore, check_aligned
+from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.manifest import DTYPES, FeatureKind, check_values, hash_file, hash_keys
 from hyma_mllm.data.store_writer import StorePlan, StoreWriter, check_free_space, check_keys
-from hyma_mllm.errors import HymaError, near_names
-from hyma_mllm.zoo.release_names import RELEASE_IMAGE_NAMES, RELEASE_NAMES, release_zoo_id
+from hyma_mllm.errors import HymaError
 
 IMPORT_SHARD_ROWS = 65536
 """Rows of one imported shard: the rows are there already, so that shards need not be small against a kill."""
@@ -84,35 +83,6 @@ def import_tensor(
             check_values(stored, keys[rows.start : rows.stop], unit_norm, str(path))
         _write(writer, features)
     return FeatureStore.open(target)
-
-
-def import_release(directory: Path, target: Path) -> dict[str, FeatureStore]:
-    """Import every `{short}.pt` of the authors' published features.
-
-    Args:
-        directory: where the files lie, any number of the twelve models.
-        target: each becomes the store `target/{short}`.
-
-    Returns:
-        Short name -> store, in order of names; `release_names.release_zoo_id` of a short name is its model id. All
-        have the same number of rows, keyed "0", "1", ...
-
-    Raises:
-        HymaError: if there is no such file, one has another name, or the stores differ in rows.
-    """
-    files = sorted(directory.glob("*.pt"))
-    if not files:
-        raise HymaError(f"{directory} holds no .pt files of the authors' release, e.g. vit_s16.pt or minilm.pt.")
-    for file in files:
-        if file.stem not in RELEASE_NAMES:
-            raise HymaError(f"{file} is not named after a model of the release; {near_names(file.stem, RELEASE_NAMES)}")
-    stores = {}
-    for file in files:
-        kind: FeatureKind = "image" if file.stem in RELEASE_IMAGE_NAMES else "text"
-        model = release_zoo_id(file.stem)
-        stores[file.stem] = import_tensor(file, target / file.stem, model, unit_norm=True, kind=kind)
-    check_aligned(list(stores.values()))
-    return stores
 
 
 def _write(writer: StoreWriter, features: Tensor) -> None:

@@ -15,7 +15,8 @@ from hyma_mllm.data.collection import Part
 from hyma_mllm.data.embedding import EmbeddingConfig, StoreTarget, embed
 from hyma_mllm.data.features import FeatureStore, check_aligned
 from hyma_mllm.data.manifest import FeatureKind
-from hyma_mllm.data.pictures import open_picture
+from hyma_mllm.data.pictures import checked_picture
+from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.paths import cache_dir, write_text
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.text import load_text_encoder
@@ -52,34 +53,41 @@ class Library:
     Args:
         config: batches, shards, precision.
         accelerator: deals the work to its processes; None for a single one.
+
+    Attributes:
+        config, accelerator: as given.
+        bill: what the features that were asked for have cost.
+        device: where models run.
     """
 
     def __init__(self, config: EmbeddingConfig, accelerator: Accelerator | None = None) -> None:
         self.config = config
         self.accelerator = accelerator
         self.bill = Bill()
-        self._device = accelerator.device if accelerator else torch.device("cpu")
+        self.device = accelerator.device if accelerator else torch.device("cpu")
 
-    def images(self, cards: Sequence[ModelCard], parts: Sequence[Part]) -> list[Tensor]:
-        """Pooled features of all pictures, per card [pictures, width] float32, parts one after another."""
+    def images(self, cards: Sequence[ModelCard], parts: Sequence[Part]) -> list[ShardedRows]:
+        """Pooled features of all pictures, per card [pictures, width] memory-mapped, parts one after another."""
         found: dict[str, list[FeatureStore]] = {}
         unique = list({base_id(card.id): card for card in cards}.values())
-        for group in share_weights([_plain(card) for card in unique]):
+        for group in share_weights([plain_card(card) for card in unique]):
             encoder: list[VisionEncoder] = []
             for part in parts:
                 for name, store in self._images_of(group, part, encoder).items():
                     found.setdefault(name, []).append(store)
         return self._joined(cards, found)
 
-    def texts(self, cards: Sequence[ModelCard], items: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[Tensor]:
-        """Features of all texts, per card [texts, width] float32.
+    def texts(
+        self, cards: Sequence[ModelCard], items: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    ) -> list[ShardedRows]:
+        """Features of all texts, per card [texts, width] memory-mapped.
 
         Args:
             cards: the text encoders.
             items: (fingerprint, [(key, text)]) per source.
         """
         found: dict[str, list[FeatureStore]] = {}
-        for card in {base_id(card.id): _plain(card) for card in cards}.values():
+        for card in {base_id(card.id): plain_card(card) for card in cards}.values():
             for fingerprint, texts in items:
                 found.setdefault(card.id, []).append(self._texts_of(card, fingerprint, texts))
         return self._joined(cards, found)
@@ -87,18 +95,18 @@ class Library:
     def _images_of(self, group: list[ModelCard], part: Part, encoder: list[VisionEncoder]) -> dict[str, FeatureStore]:
         """The stores of cards that share one forward pass; `encoder` keeps the loaded model for the next part."""
         targets = {card.id: self._target(card, "image", part.fingerprint) for card in group}
-        cost = _CostFile(targets[group[0].id].path)
+        cost = CostFile(targets[group[0].id].path)
 
         def model() -> VisionEncoder:
             if not encoder:
-                encoder.append(load_image_encoder(*group, device=self._device))
+                encoder.append(load_image_encoder(*group, device=self.device))
             return encoder[0]
 
         def load(number: int) -> Tensor:
-            return model().transform(open_picture(part.rows[number].image))
+            return model().transform(checked_picture(part.rows[number].key, part.rows[number].image))
 
         def forward(pixels: list[Tensor]) -> Mapping[str, Tensor]:
-            stacked = torch.stack(pixels).to(self._device)
+            stacked = torch.stack(pixels).to(self.device)
             if not cost.known:
                 cost.measure(lambda: model().pooled(stacked[:1]))
             return model().pooled(stacked)
@@ -122,8 +130,8 @@ class Library:
 
     def _texts_of(self, card: ModelCard, fingerprint: str, texts: Sequence[tuple[str, str]]) -> FeatureStore:
         target = self._target(card, "text", fingerprint)
-        cost = _CostFile(target.path)
-        encoder = None if (target.path / "manifest.json").exists() else load_text_encoder(card, device=self._device)
+        cost = CostFile(target.path)
+        encoder = None if (target.path / "manifest.json").exists() else load_text_encoder(card, device=self.device)
 
         def forward(batch: list[str]) -> Mapping[str, Tensor]:
             assert encoder is not None
@@ -149,33 +157,29 @@ class Library:
         path = store_path(fingerprint, card, kind, self.config)
         return StoreTarget(path, card.id, card.revision, kind, card.width, unit_norm=False)
 
-    def _charge(self, stores: Sequence[FeatureStore], cost: "_CostFile") -> None:
+    def _charge(self, stores: Sequence[FeatureStore], cost: "CostFile") -> None:
         """Put stores that one forward pass filled on the bill: their seconds add up, their items are the same."""
         self.bill.seconds += sum(store.manifest.seconds for store in stores)
         self.bill.flops += cost.flops_per_item * len(stores[0])
         self.bill.items += len(stores[0])
 
-    def _joined(self, cards: Sequence[ModelCard], found: Mapping[str, Sequence[FeatureStore]]) -> list[Tensor]:
-        """One tensor per card, on the training device when it fits."""
+    @staticmethod
+    def _joined(cards: Sequence[ModelCard], found: Mapping[str, Sequence[FeatureStore]]) -> list[ShardedRows]:
+        """The rows of all sources per card, none read; a control has its model's own object."""
         first = next(iter(found.values()))
         for stores in found.values():
             for one, other in zip(first, stores, strict=True):
                 check_aligned([one, other])
-        loaded: dict[str, Tensor] = {}
-        for name, stores in found.items():
-            tensors = [store.load(self._device) for store in stores]
-            loaded[name] = (
-                tensors[0] if len(tensors) == 1 else torch.cat([tensor.to(tensors[0].device) for tensor in tensors])
-            )
-        return [loaded[base_id(card.id)] for card in cards]
+        joined = {name: ShardedRows.joined(store.rows for store in stores) for name, stores in found.items()}
+        return [joined[base_id(card.id)] for card in cards]
 
 
-def _plain(card: ModelCard) -> ModelCard:
+def plain_card(card: ModelCard) -> ModelCard:
     """The card without a control's `#n`."""
     return replace(card, id=base_id(card.id))
 
 
-class _CostFile:
+class CostFile:
     """FLOPs per item of a store, measured on one item when it is first embedded and kept beside the store."""
 
     def __init__(self, store: Path) -> None:
@@ -187,8 +191,13 @@ class _CostFile:
 
     def measure(self, forward: Callable[[], object]) -> None:
         """Count the operations of one forward pass of one item."""
-        with FlopCounterMode(display=False) as counter:
-            forward()
-        self.flops_per_item = float(counter.get_total_flops())
+        self.flops_per_item = measured_flops(forward)
         self.known = True
         write_text(self._path, json.dumps({"flops_per_item": self.flops_per_item}))
+
+
+def measured_flops(forward: Callable[[], object]) -> float:
+    """Floating point operations of one call."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return float(counter.get_total_flops())

@@ -36,8 +36,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a store holds, and what it came from.
+class StoreIdentity:
+    """What is known of a store before its first row, and makes it another store when it differs.
 
     Attributes:
         model: id of the frozen model, e.g. `efficientnet-lite0`.
@@ -48,12 +48,8 @@ class Manifest:
         dtype: stored as `fp32`, `fp16` or `bf16`.
         source: fingerprint of the rows that were embedded.
         unit_norm: True when every row claims an L2 norm of 1.
-        shards: the files, in row order.
         keys_sha256: hash of the keys in order, see `hash_keys`.
         compute_dtype: precision of the forward pass, `fp32` or `bf16`; `imported` for a tensor from elsewhere.
-        seconds: cost of embedding in process-seconds, summed over resumes; a pass that fed several stores is split
-            evenly between them, so that the sum over stores counts it once.
-        versions: version of each library that the features depend on.
     """
 
     model: str
@@ -64,9 +60,22 @@ class Manifest:
     dtype: str
     source: str
     unit_norm: bool
-    shards: tuple[Shard, ...]
     keys_sha256: str
     compute_dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest(StoreIdentity):
+    """What a store holds, and what it came from.
+
+    Attributes:
+        shards: the files, in row order.
+        seconds: cost of embedding in process-seconds, summed over resumes; a pass that fed several stores is split
+            evenly between them, so that the sum over stores counts it once.
+        versions: version of each library that the features depend on.
+    """
+
+    shards: tuple[Shard, ...]
     seconds: float
     versions: dict[str, str]
 

@@ -12,9 +12,12 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from hyma_mllm.errors import HymaError
 
 MAX_ASPECT = 20.0
 MAX_PIXELS = 100_000_000
@@ -31,11 +34,21 @@ class BadPicture(Exception):  # noqa: N818 (it names the picture, not a fault of
         self.reason = reason
 
 
-def open_picture(image: Path | bytes, max_aspect: float = MAX_ASPECT, max_pixels: int = MAX_PIXELS) -> Image.Image:
+class PackedPicture(Protocol):
+    """A picture inside a larger file; equal ones are the same picture of the same file."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture, read now; OSError if the file cannot be read."""
+        ...
+
+
+def open_picture(
+    image: Path | bytes | PackedPicture, max_aspect: float = MAX_ASPECT, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """The picture in mode RGB, fully decoded, upright, without transparency.
 
     Args:
-        image: a file, or the encoded bytes of one.
+        image: a file, the encoded bytes of one, or a place in a larger file.
         max_aspect: the longer side over the shorter one may be at most this.
         max_pixels: width times height may be at most this; checked before the pixels are decoded.
 
@@ -46,6 +59,8 @@ def open_picture(image: Path | bytes, max_aspect: float = MAX_ASPECT, max_pixels
     if isinstance(image, bytes) and not image:
         raise BadPicture("there is no picture")
     try:
+        if not isinstance(image, (bytes, Path)):
+            image = image.read_bytes()
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             _refuse_by_header(opened, max_aspect, max_pixels)
             opened.load()
@@ -115,3 +130,18 @@ def _through_profile(picture: Image.Image) -> Image.Image:
         raise BadPicture(f"the colour profile of this {picture.mode} picture cannot be used: {error}") from error
     assert converted is not None  # None only comes from inPlace=True
     return converted
+
+
+def checked_picture(key: str, image: Path | bytes | PackedPicture) -> Image.Image:
+    """`open_picture` of a row that was good when the run looked at it.
+
+    Raises:
+        HymaError: it no longer is.
+    """
+    try:
+        return open_picture(image)
+    except BadPicture as refused:
+        raise HymaError(
+            f"The picture of row {key} was readable when the run began and is not any more ({refused.reason}); put it "
+            "back and run the same command again."
+        ) from refused

@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from hyma_mllm.data.packed_pictures import ParquetPicture, TarPicture, parquet_places, tar_pictures
+from hyma_mllm.data.pictures import PackedPicture
 from hyma_mllm.data.rows import Row
 from hyma_mllm.data.words import caption_key
 from hyma_mllm.errors import HymaError, near_names
@@ -39,11 +41,16 @@ def read_table(files: Sequence[Path], base: Path, image_columns: Sequence[str], 
             "keep_default_na": False,
         }
     image_column = ""
+    places = parquet_places(files) if form == "parquet" else None
     for number, cells in enumerate(_stream(form, files, **options)):
+        place = next(places) if places else None
         if number == 0:
             image_column = _first_of(image_columns, cells, files[0])
             _first_of((caption_column,), cells, files[0])
         image = _image(cells.get(image_column), base)
+        if place and isinstance(image, bytes) and image:
+            file, group, row = place
+            image = ParquetPicture(file, image_column, group, row)
         path = str(cells[image_column]) if isinstance(cells.get(image_column), str) else f"{number:09d}"
         key = next((str(cells[name]) for name in KEY_COLUMNS if cells.get(name) not in (None, "")), path)
         texts = _texts(cells.get(caption_column))
@@ -94,6 +101,7 @@ def read_webdataset(files: Sequence[Path], caption_column: str) -> Iterator[Row]
     Raises:
         HymaError: a shard cannot be read, or its samples have no picture or no caption.
     """
+    shard, members = "", dict[str, TarPicture]()
     for number, cells in enumerate(_stream("webdataset", files)):
         pictures = [name for name in cells if name.casefold() in PICTURE_SUFFIXES]
         described = cells.get("json")
@@ -107,10 +115,13 @@ def read_webdataset(files: Sequence[Path], caption_column: str) -> Iterator[Row]
             _first_of((column,), fields, files[0])
         texts = _texts(fields.get(column))
         key = str(cells["__key__"])
-        image = next((cells[name] for name in pictures if cells[name] is not None), None)
+        if cells["__url__"] != shard:
+            shard = str(cells["__url__"])
+            members = tar_pictures(Path(shard)) if Path(shard).is_file() else {}
+        field = next((name for name in pictures if cells[name] is not None), "")
         yield Row(
             key=key,
-            image=_image(image, files[0].parent),
+            image=members.get(f"{key}.{field}") or _image(cells.get(field), files[0].parent),
             texts=texts,
             concept=caption_key(texts[0]) if texts else key,
         )
@@ -184,7 +195,7 @@ def _first_of(wanted: Sequence[str], cells: Mapping[str, Any], file: Path) -> st
     raise HymaError(f"{file} has no column {' or '.join(wanted)}; {near}; rename it, or say which column holds it.")
 
 
-def _image(cell: Any, base: Path) -> Path | bytes:
+def _image(cell: Any, base: Path) -> Path | bytes | PackedPicture:
     """A path or encoded bytes; empty bytes where there is no picture, which the audit refuses."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from hyma_mllm.data.corpora import load_corpus
+from hyma_mllm.data.pictures import PackedPicture
 from hyma_mllm.data.readers import read_class_folders, read_llava, read_table, read_webdataset
 from hyma_mllm.data.rows import Row, Source
 from hyma_mllm.errors import HymaError
@@ -127,7 +128,7 @@ def _files(path: Path, spec: str) -> list[Path]:
     return found
 
 
-def _picture_hash(image: Path | bytes) -> bytes:
+def _picture_hash(image: Path | bytes | PackedPicture) -> bytes:
     if isinstance(image, bytes):
         return sha256(image).digest()
     try:

@@ -39,16 +39,34 @@ def split_by_concept(rows: Sequence[Row], seed: int, validation: float = 0.1, te
             "both must be at least 0 and their sum below 1."
         )
     concepts = joined_concepts(rows)
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for number, concept in enumerate(concepts):
-        at = _unit_hash(f"{seed}\0{concept}")
-        part = "test" if at < test else "validation" if at < test + validation else "train"
-        parts[part].append(number)
+    parts = _dealt(concepts, seed, validation, test)
     for part, share in (("train", 1.0), ("validation", validation), ("test", test)):
         if share > 0 and not parts[part]:
             raise HymaError(
                 f"{len(rows)} rows of {len(set(concepts))} concepts are too few: none fell to the {part} part "
                 f"(share {share}); give more rows, a larger share or another split seed."
+            )
+    return Split(**parts)
+
+
+def split_by_key(keys: Sequence[str], seed: int, validation: float, test: float) -> Split:
+    """Parts of about these shares of rows whose concepts are not known, decided row by row as those of concepts are.
+
+    Args:
+        keys: of the rows.
+        seed: another seed is another split.
+        validation: share of the rows, in (0, 1).
+        test: share of the rows, in (0, 1).
+
+    Raises:
+        HymaError: too few rows for a part.
+    """
+    parts = _dealt(keys, seed, validation, test)
+    for part, members in parts.items():
+        if not members:
+            raise HymaError(
+                f"{len(keys)} imported rows are too few: none fell to the {part} part; give more rows, a larger share "
+                "or another data.split_seed."
             )
     return Split(**parts)
 
@@ -74,6 +92,15 @@ def joined_concepts(rows: Sequence[Row]) -> list[str]:
         top = root(name)
         smallest[top] = min(name, smallest.get(top, name))
     return [smallest[root(number)] for number in range(len(rows))]
+
+
+def _dealt(names: Sequence[str], seed: int, validation: float, test: float) -> dict[str, list[int]]:
+    """Row numbers of each part; rows of one name are in one part."""
+    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for number, name in enumerate(names):
+        at = _unit_hash(f"{seed}\0{name}")
+        parts["test" if at < test else "validation" if at < test + validation else "train"].append(number)
+    return parts
 
 
 def _unit_hash(text: str) -> float:

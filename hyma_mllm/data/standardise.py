@@ -1,5 +1,6 @@
 """Standardised features: what connectors read and predict, in place of the raw output of a frozen encoder."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,11 +57,14 @@ class Standardiser(nn.Module):
         self.register_load_state_dict_post_hook(_read_flags)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def fit(cls, features: Tensor, power: Power = "none", centre: bool = True, unit: bool = True) -> "Standardiser":
+    def fit(
+        cls, features: Tensor | Iterable[Tensor], power: Power = "none", centre: bool = True, unit: bool = True
+    ) -> "Standardiser":
         """Fit mean and scale on training features; sums are taken in float64.
 
         Args:
-            features: [rows, width], floating, at least one row.
+            features: [rows, width], floating, at least one row; or chunks of it, so that they are never held together
+                (chunks of `FIT_ROWS` rows give the bits of the whole).
             power: what each entry goes through after the L2 normalisation.
             centre: subtract the mean.
             unit: L2-normalise at the end; otherwise scale to unit RMS.
@@ -71,18 +75,21 @@ class Standardiser(nn.Module):
         Raises:
             ValueError: if there is no row.
         """
-        if features.ndim != 2 or len(features) == 0:
-            raise ValueError(f"cannot fit a standardiser on features of shape {tuple(features.shape)}")
-        standardiser = cls(features.shape[1], power, unit).to(features.device)
-        total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-        squares = torch.zeros_like(total)
-        for start in range(0, len(features), FIT_ROWS):
-            shaped = standardiser._shape(features[start : start + FIT_ROWS].double())
+        standardiser, rows = None, 0
+        for chunk in torch.split(features, FIT_ROWS) if isinstance(features, Tensor) else features:
+            if standardiser is None:
+                standardiser = cls(chunk.shape[1], power, unit).to(chunk.device)
+                total = torch.zeros(chunk.shape[1], dtype=torch.float64, device=chunk.device)
+                squares = torch.zeros_like(total)
+            shaped = standardiser._shape(chunk.double())
             total += shaped.sum(0)
             squares += shaped.square().sum(0)
-        mean = total / len(features) if centre else torch.zeros_like(total)
+            rows += len(chunk)
+        if standardiser is None or not rows:
+            raise ValueError("cannot fit a standardiser on no rows")
+        mean = total / rows if centre else torch.zeros_like(total)
         # mean (x - m)^2 = mean x^2 - m (2 mean x - m), over rows, then over entries
-        spread = squares / len(features) - mean * (2 * total / len(features) - mean)
+        spread = squares / rows - mean * (2 * total / rows - mean)
         rms = float(spread.mean().clamp_min(0).sqrt())
         standardiser.mean.copy_(mean)
         if not unit and rms > NORM_FLOOR:

@@ -29,9 +29,9 @@ from hyma_mllm.data.manifest import (
     LOCK_FILE,
     MANIFEST_FILE,
     TENSOR_NAME,
-    FeatureKind,
     Manifest,
     Shard,
+    StoreIdentity,
     hash_file,
 )
 from hyma_mllm.errors import HymaError
@@ -44,19 +44,9 @@ VERSIONED = ("torch", "torchvision", "transformers", "timm", "sentence-transform
 
 
 @dataclass(frozen=True)
-class StorePlan:
-    """What a store will be; the fields of `Manifest` that are known before the first row, and the rows of a shard."""
+class StorePlan(StoreIdentity):
+    """What a store will be, and how many rows each of its shards has."""
 
-    model: str
-    revision: str
-    kind: FeatureKind
-    rows: int
-    width: int
-    dtype: str
-    source: str
-    unit_norm: bool
-    keys_sha256: str
-    compute_dtype: str
     shard_rows: int
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hyma_mllm.objectives.gather import sum_over_processes, world_size
 from hyma_mllm.objectives.tiled_infonce import accumulation_dtype
-from hyma_mllm.objectives.tiles import Tile, TileBuffer, multiply, pair_blocks, row_tiles, same_picture
+from hyma_mllm.objectives.tiles import Tile, TileBuffer, multiply, same_picture, tiles
 
 
 def signed_logits(
@@ -58,22 +58,20 @@ class TiledSigmoid(torch.autograd.Function):
         first, second = (TileBuffer(pairs, count, total, tile, loss) for _ in range(2))
         processes = world_size() if shared else 1
         with torch.autocast(rows.device.type, enabled=False):
-            for block in pair_blocks(pairs, count, tile):
-                block_columns = columns[block].to(dtype)
-                for part in row_tiles(block, count, tile):
-                    signed, spare = first.view(part), second.view(part)
-                    part_rows = rows[part].to(dtype) * scale_in
-                    multiply(part_rows, block_columns.transpose(1, 2), signed)
-                    signed_logits(signed, bias_in, part, groups, offset)
-                    loss[block] -= F.logsigmoid(signed).sum((1, 2)) / total
-                    # d(-log sigmoid(z l)) / dl = -z sigmoid(-z l), times this process' share of the average.
-                    weights = torch.neg(signed, out=spare).sigmoid_().mul_(processes / total)
-                    weights.diagonal(offset + part.rows.start, 1, 2).neg_()
-                    bias_gradient[block] += weights.sum((1, 2))
-                    if row_gradient is not None:
-                        row_gradient[part] = multiply(weights, block_columns, torch.empty_like(part_rows))
-                    if column_gradient is not None:
-                        column_gradient[block].baddbmm_(weights.transpose(1, 2), part_rows)
+            for part, part_columns in tiles(count, columns, tile, dtype):
+                signed, spare = first.view(part), second.view(part)
+                part_rows = rows[part].to(dtype) * scale_in
+                multiply(part_rows, part_columns.transpose(1, 2), signed)
+                signed_logits(signed, bias_in, part, groups, offset)
+                loss[part.pairs] -= F.logsigmoid(signed).sum((1, 2)) / total
+                # d(-log sigmoid(z l)) / dl = -z sigmoid(-z l), times this process' share of the average.
+                weights = torch.neg(signed, out=spare).sigmoid_().mul_(processes / total)
+                weights.diagonal(offset + part.rows.start, 1, 2).neg_()
+                bias_gradient[part.pairs] += weights.sum((1, 2))
+                if row_gradient is not None:
+                    row_gradient[part] = multiply(weights, part_columns, torch.empty_like(part_rows))
+                if column_gradient is not None:
+                    column_gradient[part.pairs].baddbmm_(weights.transpose(1, 2), part_rows)
         scale_gradient = None if row_gradient is None else (row_gradient * rows).sum((1, 2))
         row_gradient = row_gradient.mul_(scale_in).to(rows.dtype) if row_gradient is not None and needs[0] else None
         ctx.save_for_backward(

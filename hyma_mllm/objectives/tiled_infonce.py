@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hyma_mllm.objectives.gather import logsumexp_over_processes, sum_over_processes, world_size
-from hyma_mllm.objectives.tiles import Tile, TileBuffer, multiply, pair_blocks, row_tiles, same_picture
+from hyma_mllm.objectives.tiles import Tile, TileBuffer, multiply, same_picture, tiles
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -88,14 +88,12 @@ class TiledInfoNCE(torch.autograd.Function):
         positives = torch.empty_like(row_lse)
         first, second = (TileBuffer(pairs, count, total, tile, row_lse) for _ in range(2))
         with torch.autocast(rows.device.type, enabled=False):
-            for block in pair_blocks(pairs, count, tile):
-                block_columns = columns[block].to(dtype)
-                for part in row_tiles(block, count, tile):
-                    logits = first.view(part)
-                    tile_logits(rows, block_columns, scale.to(dtype), part, groups, offset, logits)
-                    positives[part] = logits.diagonal(offset + part.rows.start, 1, 2)
-                    row_lse[part], tile_columns = tile_logsumexps(logits, second.view(part))
-                    column_lse[block] = torch.logaddexp(column_lse[block], tile_columns)
+            for part, part_columns in tiles(count, columns, tile, dtype):
+                logits = first.view(part)
+                tile_logits(rows, part_columns, scale.to(dtype), part, groups, offset, logits)
+                positives[part] = logits.diagonal(offset + part.rows.start, 1, 2)
+                row_lse[part], tile_columns = tile_logsumexps(logits, second.view(part))
+                column_lse[part.pairs] = torch.logaddexp(column_lse[part.pairs], tile_columns)
         own = row_lse.sum(1) - 2 * positives.sum(1)
         if shared:
             own, column_lse = sum_over_processes(own), logsumexp_over_processes(column_lse)
@@ -118,24 +116,22 @@ class TiledInfoNCE(torch.autograd.Function):
         scale_gradient = scale.new_zeros((), dtype=dtype)
         first, second = (TileBuffer(pairs, count, total, ctx.tile, row_lse) for _ in range(2))
         with torch.autocast(rows.device.type, enabled=False):
-            for block in pair_blocks(pairs, count, ctx.tile):
-                block_columns = columns[block].to(dtype)
-                for part in row_tiles(block, count, ctx.tile):
-                    logits, spare = first.view(part), second.view(part)
-                    tile_logits(rows, block_columns, scale_in, part, ctx.groups, ctx.offset, logits)
-                    torch.sub(logits, row_lse[part][..., None], out=spare).exp_()
-                    weights = logits.sub_(column_lse[block][:, None]).exp_().add_(spare)
-                    weights.diagonal(ctx.offset + part.rows.start, 1, 2).sub_(2)
-                    part_rows = rows[part].to(dtype)
-                    if need_rows or need_scale:
-                        # The logits are scale * <row, column>: one product serves the rows and the scale.
-                        pulled = multiply(weights, block_columns, torch.empty_like(part_rows)).mul_(share[block])
-                        scale_gradient += (pulled * part_rows).sum()
-                        if row_gradient is not None:
-                            row_gradient[part] = pulled.mul_(scale_in)
-                    if column_gradient is not None:
-                        part_rows = part_rows * (share[block] * scale_in)
-                        column_gradient[block].baddbmm_(weights.transpose(1, 2), part_rows)
+            for part, part_columns in tiles(count, columns, ctx.tile, dtype):
+                logits, spare = first.view(part), second.view(part)
+                tile_logits(rows, part_columns, scale_in, part, ctx.groups, ctx.offset, logits)
+                torch.sub(logits, row_lse[part][..., None], out=spare).exp_()
+                weights = logits.sub_(column_lse[part.pairs][:, None]).exp_().add_(spare)
+                weights.diagonal(ctx.offset + part.rows.start, 1, 2).sub_(2)
+                part_rows = rows[part].to(dtype)
+                if need_rows or need_scale:
+                    # The logits are scale * <row, column>: one product serves the rows and the scale.
+                    pulled = multiply(weights, part_columns, torch.empty_like(part_rows)).mul_(share[part.pairs])
+                    scale_gradient += (pulled * part_rows).sum()
+                    if row_gradient is not None:
+                        row_gradient[part] = pulled.mul_(scale_in)
+                if column_gradient is not None:
+                    part_rows = part_rows * (share[part.pairs] * scale_in)
+                    column_gradient[part.pairs].baddbmm_(weights.transpose(1, 2), part_rows)
         return (
             row_gradient,
             None if column_gradient is None else column_gradient.to(columns.dtype),

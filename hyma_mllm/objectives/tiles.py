@@ -32,6 +32,24 @@ def row_tiles(block: slice, rows: int, tile: int) -> Iterator[Tile]:
         yield Tile(block, slice(start, min(start + tile, rows)))
 
 
+def tiles(rows: int, columns: Tensor, tile: int, dtype: torch.dtype) -> Iterator[tuple[Tile, Tensor]]:
+    """Every tile of a batch with the columns of its pairs.
+
+    Args:
+        rows: of each pair.
+        columns: [pairs, columns, width].
+        tile: logit rows held at once.
+        dtype: wanted of the columns, converted once for a block of pairs.
+
+    Yields:
+        The tile, and [pairs of the tile, columns, width] in `dtype`.
+    """
+    for block in pair_blocks(columns.shape[0], rows, tile):
+        converted = columns[block].to(dtype)
+        for part in row_tiles(block, rows, tile):
+            yield part, converted
+
+
 class TileBuffer:
     """One allocation that every tile reuses: a fresh one each time would cost more than the arithmetic on it.
 

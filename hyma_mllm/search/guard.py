@@ -16,7 +16,8 @@ class GuardConfig:
     """When a non-finite loss or gradient stops being an accident.
 
     Attributes:
-        patience: skipped steps in a row after which the last good state is restored.
+        patience: skipped steps in a row after which the last good state is restored: that of the last checkpoint, or
+            of the start (of this process, after a resume) where search.checkpoint_every is 0.
         rollbacks: restorations after which the run stops with an error.
     """
 

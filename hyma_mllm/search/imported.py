@@ -11,14 +11,13 @@ from torch import Tensor
 
 from hyma_mllm.data.collection import DataConfig
 from hyma_mllm.data.features import FeatureStore, check_aligned
-from hyma_mllm.data.splits import Split
-from hyma_mllm.data.standardise import StandardiseConfig, Standardiser
+from hyma_mllm.data.sharded_rows import ShardedRows
+from hyma_mllm.data.splits import split_by_key
+from hyma_mllm.data.standardise import StandardiseConfig
 from hyma_mllm.data.store_directory import open_stores, store_cards
 from hyma_mllm.errors import HymaError
-from hyma_mllm.pairs import PairGrid
 from hyma_mllm.paths import write_text
-from hyma_mllm.search.prepare import Prepared
-from hyma_mllm.search.task import VLMTask
+from hyma_mllm.search.prepare import Prepared, assemble
 from hyma_mllm.zoo.cards import ModelCard
 
 logger = logging.getLogger(__name__)
@@ -62,41 +61,26 @@ def prepare_imported(
     image_stores, text_stores = open_stores(stores, "image", vision), open_stores(stores, "text", text)
     check_aligned([*image_stores, *text_stores])
     keys = image_stores[0].keys[: data.limit or None]
-    split = split_keys(keys, data.split_seed, data.validation, data.test)
+    split = split_by_key(keys, data.split_seed, data.validation, data.test)
     logger.info("No concept of the %d imported rows is known: they are split by a hash of key and seed.", len(keys))
-    train = torch.tensor(split.train)
-    group = caption_groups(text_stores, len(keys))
-
-    images, image_standardisers, vision_means = [], [], []
-    for store in image_stores:
-        features = store.load(device)[: len(keys)]
-        vision_means.append(features.mean(0))
-        image_standardisers.append(Standardiser.fit(features[train], standardise.image_power, standardise.centre))
-        images.append(image_standardisers[-1](features))
-    texts, text_standardisers, text_means = [], [], []
-    for store in text_stores:
-        features = store.load(device)[: len(keys)]
-        text_means.append(features.mean(0))
-        text_standardisers.append(Standardiser.fit(features[train], "none", standardise.centre, unit=False))
-        texts.append(text_standardisers[-1](features))
-
-    grid = PairGrid(
-        tuple(card.id for card in vision),
-        tuple(card.width for card in vision),
-        tuple(card.id for card in text),
-        tuple(card.width for card in text),
-    )
-    task = VLMTask(
-        grid=grid,
-        images=images,
-        texts=texts,
+    return assemble(
+        vision,
+        text,
+        images=_first_rows(image_stores, len(keys)),
+        texts=_first_rows(text_stores, len(keys)),
+        rows=[],
+        split=split,
         first_caption=torch.arange(len(keys) + 1),
-        train=train,
-        validation=torch.tensor(split.validation),
-        test=torch.tensor(split.test),
-        caption_group=group,
+        caption_group=caption_groups(text_stores, len(keys)),
+        standardise=standardise,
+        device=torch.device(device),
     )
-    return Prepared(task, [], split, image_standardisers, text_standardisers, vision_means, text_means)
+
+
+def _first_rows(stores: Sequence[FeatureStore], rows: int) -> list[ShardedRows]:
+    """The first rows of each store; a control has its model's own object."""
+    first = {id(store): store.rows.first(rows) for store in stores}
+    return [first[id(store)] for store in stores]
 
 
 def describe_imported(stores: Path, prepared: Prepared) -> dict[str, Any]:
@@ -114,31 +98,6 @@ def describe_imported(stores: Path, prepared: Prepared) -> dict[str, Any]:
         "fingerprints": {name: first.manifest.source},
         "rows": {name: len(prepared.task.images[0])},
     }
-
-
-def split_keys(keys: Sequence[str], seed: int, validation: float, test: float) -> Split:
-    """Parts of about these shares of the rows, decided row by row through a hash of its key and the seed.
-
-    Args:
-        keys: of the rows.
-        seed: another seed is another split.
-        validation: share of the rows, in (0, 1).
-        test: share of the rows, in (0, 1).
-
-    Raises:
-        HymaError: too few rows for a part.
-    """
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for number, key in enumerate(keys):
-        at = int.from_bytes(blake2b(f"{seed}\0{key}".encode(), digest_size=7).digest(), "big") / 2**56
-        parts["test" if at < test else "validation" if at < test + validation else "train"].append(number)
-    for part, members in parts.items():
-        if not members:
-            raise HymaError(
-                f"{len(keys)} imported rows are too few: none fell to the {part} part; give more rows, a larger share "
-                "or another data.split_seed."
-            )
-    return Split(**parts)
 
 
 def caption_groups(stores: Sequence[FeatureStore], rows: int) -> Tensor:

@@ -7,7 +7,7 @@
   the score of their untrained connector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -20,7 +20,6 @@ from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.network import Hypernetwork
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
-from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search import flops
 from hyma_mllm.search.bank import ConnectorBank
@@ -28,11 +27,11 @@ from hyma_mllm.search.guard import GuardConfig
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.ledger import Cost, Ledger, Meter
 from hyma_mllm.search.optimiser import OptimiserConfig
-from hyma_mllm.search.prepare import Prepared
+from hyma_mllm.search.pair_loss import PairLoss, SearchTask
+from hyma_mllm.search.placement import ALONE, Parallel, Placement
 from hyma_mllm.search.ranking import Ranking
 from hyma_mllm.search.samplers import BatchSampler, PairSampler, PairSampling, generator
 from hyma_mllm.search.stability import StabilityConfig
-from hyma_mllm.search.task import PairLoss
 from hyma_mllm.search.trainer import Outcome, Plan, Trainer
 
 Method = Literal["hyma", "grid", "constrained-grid", "random"]
@@ -52,6 +51,8 @@ class SearchConfig:
         grid_steps: optimiser steps of each pair in the grid.
         batch: pictures of a visit, over all processes (B_d); the same for every method.
         pairs_per_visit: pairs of a visit (B_m); 0 takes a quarter of them for the sampler `round`, else all.
+        parallel: how several processes share the work: `data`, each takes its share of every batch; `pairs`, each
+            takes the pairs of its own LLMs, and holds no others in memory (recipes/mllm.py, sampler `fair`).
         sampler: order of the pairs: `fair` (every optimiser step visits every pair), `round` (a round of optimiser
             steps does), `random` or `cyclic`.
         optimiser: of the hypernetwork.
@@ -59,7 +60,8 @@ class SearchConfig:
         guard: limits of the non-finite guard.
         stability: early stop of the hypernetwork when the order of the pairs has settled.
         evaluate_every: optimiser steps between validation scores; 0 for none.
-        checkpoint_every: optimiser steps between checkpoints; 0 for none.
+        checkpoint_every: optimiser steps between checkpoints, which are also what the guard rolls back to; 0 for none,
+            and then a roll-back returns to the start of this process.
     """
 
     methods: list[Method] = field(default_factory=lambda: ["hyma", "grid", "constrained-grid", "random"])
@@ -71,6 +73,7 @@ class SearchConfig:
     grid_steps: int = 200
     batch: int = 256
     pairs_per_visit: int = 0
+    parallel: Parallel = "data"
     sampler: PairSampling = "fair"
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
     rival_optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
@@ -85,6 +88,11 @@ class SearchConfig:
         for name, value in (("steps", self.steps), ("grid_steps", self.grid_steps)):
             if value < 1:
                 raise HymaError(f"search.{name} is {value}; it takes at least 1.")
+        if self.parallel == "pairs" and self.sampler != "fair":
+            raise HymaError(
+                f"search.parallel is pairs and search.sampler is {self.sampler}, whose steps leave processes "
+                "without a pair; set search.sampler to fair."
+            )
         if not self.seeds or not self.connectors or not self.methods:
             raise HymaError("search.seeds, search.connectors and search.methods each need at least one entry.")
         for name in self.connectors:
@@ -123,20 +131,25 @@ class Search:
     Attributes:
         config: how to search.
         hypernetwork: what predicts the connectors.
-        objective: the loss.
-        prepared: task and features.
+        objective: builds the loss.
+        task: frozen models and their data.
+        vision_means, text_means: mean feature [width] of each model, for the condition `features`.
         accelerator: device, processes, precision.
         run: the run directory.
         stop: set by a signal.
+        placement: which process works on which pairs.
     """
 
     config: SearchConfig
     hypernetwork: HypernetworkConfig
-    objective: ContrastiveConfig
-    prepared: Prepared
+    objective: Callable[[], nn.Module]
+    task: SearchTask
+    vision_means: Sequence[Tensor] | None
+    text_means: Sequence[Tensor] | None
     accelerator: Accelerator
     run: RunDirectory
     stop: StopRequest
+    placement: Placement = ALONE
 
     def run_method(self, method: Method, connector: str, seed: int, hyma: Ledger | None) -> Found:
         """Train and score every pair by one method.
@@ -147,27 +160,17 @@ class Search:
             seed: of initial weights and of the order of pictures and pairs.
             hyma: the hypernetwork's bill for the same family and seed, for the methods that are held to it.
         """
-        spec, task = self.config.spec(connector), self.prepared.task
-        task.tiled = self.objective.tile > 0
+        spec, task = self.config.spec(connector), self.task
         network = self.network(method, spec, seed)
         plan = self._plan(method, spec, seed, network, hyma)
-        model = PairLoss(network, ContrastiveObjective(self.objective), task, spec)
+        model = PairLoss(network, self.objective(), task, spec)
         outcome = Trainer(plan, model, task, self.accelerator, self.run, self.stop).fit()
         source = self.accelerator.unwrap_model(model).network
         evaluation = outcome.validation
         with Meter(evaluation, self.accelerator.device):
-            scores = task.scores(source, spec, task.test)
-            validation = task.scores(source, spec, task.validation)
-            zero_shot = task.classify(source, spec)
-        evaluation.flops += task.scoring_flops(spec, task.test) + task.scoring_flops(spec, task.validation)
-        retrieval = scores.pop("retrieval")
-        ranking = Ranking(
-            method,
-            connector,
-            seed,
-            {"retrieval": retrieval} | zero_shot,
-            scores | {"validation retrieval": validation["retrieval"]},
-        )
+            found = task.evaluate(source, spec)
+        evaluation.flops += found.flops
+        ranking = Ranking(method, connector, seed, found.scores, found.details)
         ledger = Ledger(
             method, connector, seed, {"training": outcome.training, "evaluation": evaluation}, plan.batches.size
         )
@@ -177,18 +180,18 @@ class Search:
     def network(self, method: Method, spec: ConnectorSpec, seed: int) -> Hypernetwork | ConnectorBank:
         """What makes the connectors of this method, untrained."""
         if method != "hyma":
-            return ConnectorBank(self.prepared.task.grid, spec, seed)
+            return ConnectorBank(self.task.grid, spec, seed)
         return Hypernetwork(
-            self.prepared.task.grid,
+            self.task.grid,
             spec,
             self.hypernetwork,
-            self.prepared.vision_means,
-            self.prepared.text_means,
+            self.vision_means,
+            self.text_means,
             seed,
         )
 
     def _plan(self, method: Method, spec: ConnectorSpec, seed: int, network: nn.Module, hyma: Ledger | None) -> Plan:
-        config, task = self.config, self.prepared.task
+        config, task = self.config, self.task
         everything = tuple(range(len(task.grid)))
         members: Sequence[int] = everything
         steps, per_visit = config.grid_steps, 0
@@ -208,13 +211,14 @@ class Search:
             connector=spec.name,
             seed=seed,
             steps=steps,
-            pairs=PairSampler(tuple(members), per_visit, sampling, seed),
+            pairs=PairSampler(tuple(members), per_visit, sampling, seed, task.visit_groups()),
             batches=BatchSampler(task.train, config.batch, seed),
             optimiser=config.optimiser if of_hyma else config.rival_optimiser,
             guard=config.guard,
             stability=config.stability if of_hyma else StabilityConfig(),
             evaluate_every=config.evaluate_every,
             checkpoint_every=config.checkpoint_every,
+            placement=self.placement,
             visit_flops=partial(flops.hypernetwork_step_flops, network)
             if isinstance(network, Hypernetwork)
             else lambda pairs: 0.0,
@@ -222,7 +226,7 @@ class Search:
 
     def _affordable(self, spec: ConnectorSpec, seed: int, budget: Cost) -> list[int]:
         """Random pairs, as many as these FLOPs train to the grid's end (at least one)."""
-        task, left = self.prepared.task, budget.flops
+        task, left = self.task, budget.flops
         chosen: list[int] = []
         order = torch.randperm(len(task.grid), generator=generator(seed, 4)).tolist()
         for index in order:

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyma_mllm.data.class_sets import class_sets
 from hyma_mllm.data.collection import Part
 from hyma_mllm.data.library import Library
+from hyma_mllm.data.resident import fit_memory, standardised, standardised_models
 from hyma_mllm.data.rows import Row
+from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.data.splits import Split, split_by_concept
 from hyma_mllm.data.standardise import StandardiseConfig, Standardiser
 from hyma_mllm.errors import HymaError
 from hyma_mllm.pairs import PairGrid
-from hyma_mllm.search.task import VLMTask, ZeroShotSet
+from hyma_mllm.search.task import VLMTask, ZeroShotSet, captions_of
 from hyma_mllm.zoo.cards import ModelCard
 
 FEWEST_TO_CLASSIFY = 20
@@ -69,41 +71,70 @@ def prepare(
     rows = [row for part in parts for row in part.rows]
     images = library.images(vision, parts)
     texts = library.texts(text, [(part.fingerprint, part.captions) for part in parts])
-    counts = torch.tensor([0, *(len(row.texts) for row in rows)])
-    first_caption = counts.cumsum(0)
-    train_captions = torch.cat([torch.arange(int(first_caption[i]), int(first_caption[i + 1])) for i in split.train])
-    train = torch.tensor(split.train)
-
-    image_standardisers, text_standardisers, vision_means, text_means = [], [], [], []
-    for number, features in enumerate(images):
-        vision_means.append(nn.functional.normalize(features[train], dim=1).mean(0))
-        fitted = Standardiser.fit(features[train], standardise.image_power, standardise.centre, unit=True)
-        image_standardisers.append(fitted)
-        images[number] = fitted(features)
-    for number, features in enumerate(texts):
-        text_means.append(nn.functional.normalize(features[train_captions], dim=1).mean(0))
-        fitted = Standardiser.fit(features[train_captions], "none", standardise.centre, unit=False)
-        text_standardisers.append(fitted)
-        texts[number] = fitted(features)
-
-    grid = PairGrid(
-        tuple(card.id for card in vision),
-        tuple(card.width for card in vision),
-        tuple(card.id for card in text),
-        tuple(card.width for card in text),
+    first_caption = torch.tensor([0, *(len(row.texts) for row in rows)]).cumsum(0)
+    prepared = assemble(
+        vision, text, images, texts, rows, split, first_caption, _caption_groups(rows), standardise, library.device
     )
+    prepared.task.zero_shot = _zero_shot(rows, split.test, text, library, prepared.text_standardisers)
+    return prepared
+
+
+def assemble(
+    vision: Sequence[ModelCard],
+    text: Sequence[ModelCard],
+    images: Sequence[ShardedRows],
+    texts: Sequence[ShardedRows],
+    rows: list[Row],
+    split: Split,
+    first_caption: Tensor,
+    caption_group: Tensor,
+    standardise: StandardiseConfig,
+    device: torch.device,
+) -> Prepared:
+    """Standardise features on the training split and build the task, without zero-shot sets.
+
+    Args:
+        vision: the N image encoders.
+        text: the M text encoders.
+        images: per image encoder, raw features [pictures, width].
+        texts: per text encoder, raw features [captions, width].
+        rows: the pictures, where they are known.
+        split: of the pictures.
+        first_caption: [pictures + 1] int64, see `VLMTask`.
+        caption_group: [captions] int64, see `VLMTask`.
+        standardise: how features are standardised.
+        device: the training device; features are loaded there when all fit, else read from disk batch by batch.
+    """
+    train = torch.tensor(split.train)
+    captions, _ = captions_of(first_caption, train)
+    resident = fit_memory([*images, *texts], device)
+    power, centre = standardise.image_power, standardise.centre
+    seen = standardised_models(images, train, device, resident, power, centre, unit=True)
+    said = standardised_models(texts, captions, device, resident, "none", centre, unit=False)
     task = VLMTask(
-        grid=grid,
-        images=images,
-        texts=texts,
+        grid=PairGrid(
+            tuple(card.id for card in vision),
+            tuple(card.width for card in vision),
+            tuple(card.id for card in text),
+            tuple(card.width for card in text),
+        ),
+        images=[model.rows for model in seen],
+        texts=[model.rows for model in said],
         first_caption=first_caption,
         train=train,
         validation=torch.tensor(split.validation),
         test=torch.tensor(split.test),
-        caption_group=_caption_groups(rows),
-        zero_shot=_zero_shot(rows, split.test, text, library, text_standardisers),
+        caption_group=caption_group,
     )
-    return Prepared(task, rows, split, image_standardisers, text_standardisers, vision_means, text_means)
+    return Prepared(
+        task,
+        rows,
+        split,
+        [model.standardiser for model in seen],
+        [model.standardiser for model in said],
+        [model.mean for model in seen],
+        [model.mean for model in said],
+    )
 
 
 def split_rows(parts: Sequence[Part], validation: float, test: float, seed: int) -> Split:
@@ -152,7 +183,10 @@ def _zero_shot(
                 pictures=torch.tensor(members),
                 labels=torch.tensor([number_of[rows[index].label or ""] for index in members]),
                 templates=len(classes.templates),
-                prompts=[standardiser(found) for standardiser, found in zip(standardisers, features, strict=True)],
+                prompts=[
+                    standardised(raw[:], standardiser, library.device)
+                    for standardiser, raw in zip(standardisers, features, strict=True)
+                ],
             )
         )
     return tasks

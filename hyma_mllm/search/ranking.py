@@ -4,6 +4,8 @@
 * `ndcg`, `spearman`, `kendall`, `weighted_kendall`, `top1_regret`: one ranking against one oracle.
 * `compare`, `ceiling`: the same over seeds, with Student's t intervals.
 
+scipy and scikit-learn are imported where they are used: they take a second that `--help` need not wait for.
+
 The schema of the file is documented in docs/schema.md.
 """
 
@@ -16,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
-import scipy.stats
-from sklearn.metrics import ndcg_score
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.paths import write_text
@@ -270,11 +270,15 @@ def ndcg(scores: Scores, oracle: Scores, k: int) -> float:
     spread = float(np.ptp(true))
     if spread == 0:
         return 1.0
+    from sklearn.metrics import ndcg_score
+
     return float(ndcg_score([(true - true.min()) / spread], [ours], k=k))
 
 
 def spearman(scores: Scores, oracle: Scores) -> float:
     """Spearman's rho of the two orders [pairs]; nan when either holds one value only."""
+    import scipy.stats
+
     ours, true = _aligned(scores, oracle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
@@ -283,6 +287,8 @@ def spearman(scores: Scores, oracle: Scores) -> float:
 
 def kendall(scores: Scores, oracle: Scores) -> float:
     """Kendall's tau-b of the two orders [pairs]; nan when either holds one value only."""
+    import scipy.stats
+
     return float(scipy.stats.kendalltau(*_aligned(scores, oracle)).statistic)
 
 
@@ -292,6 +298,8 @@ def weighted_kendall(scores: Scores, oracle: Scores) -> float:
     The mean of the tau weighted by our places and the one weighted by the oracle's, as scipy's default; nan when
     either holds one value only.
     """
+    import scipy.stats
+
     return float(scipy.stats.weightedtau(*_aligned(scores, oracle)).statistic)
 
 
@@ -330,6 +338,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     mean = float(np.mean(values))
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
+    import scipy.stats
+
     half = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * scipy.stats.sem(values))
     return Interval(mean, mean - half, mean + half)
 

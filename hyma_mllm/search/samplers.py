@@ -4,6 +4,8 @@ Dual mini-batching (HYMA, arXiv 2507.10015, section 3): a visit takes B_d pictur
 fairness (FairNAS, arXiv 1907.01845, section 3): an optimiser step averages the same number of visits to every pair.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,17 +35,20 @@ class PairSampler:
 
     Attributes:
         members: indices of the pairs that are trained.
-        per_visit: pairs that share one forward pass (B_m); 0 means a quarter of them for `round`, else all.
+        per_visit: pairs that share one forward pass (B_m); 0 means a quarter of them for `round`, else all that may.
         kind: `fair` visits every pair once per optimiser step, in a fresh order; `round` takes an optimiser step after
-            each visit, and every pair is visited once in a round of them, in a fresh order; `random` draws B_m pairs
-            without replacement for each step; `cyclic` walks through a fixed order, B_m a step (the authors' way).
+            each visit, and every pair is visited once in a round of them, in a fresh order; `random` draws one visit
+            for each step; `cyclic` walks through a fixed order, one visit a step (the authors' way).
         seed: of the order.
+        groups: a number for each pair of the grid; pairs of different numbers never share a visit (the MLLM case: one
+            forward pass of one LLM). None: all may.
     """
 
     members: tuple[int, ...]
     per_visit: int
     kind: PairSampling
     seed: int
+    groups: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.per_visit <= len(self.members):
@@ -55,26 +60,45 @@ class PairSampler:
     @property
     def size(self) -> int:
         """Pairs in a full visit."""
-        everything = len(self.members)
-        return self.per_visit or (-(-everything // ROUND) if self.kind == "round" else everything)
+        largest = max(Counter(map(self._group, self.members)).values())
+        if self.per_visit:
+            return min(self.per_visit, largest)
+        return -(-largest // ROUND) if self.kind == "round" and self.groups is None else largest
+
+    @property
+    def visits_per_round(self) -> int:
+        """Forward passes that visit every pair once."""
+        return sum(-(-count // self.size) for count in Counter(map(self._group, self.members)).values())
 
     @property
     def visits_per_step(self) -> int:
         """Forward passes that make one optimiser step."""
-        return -(-len(self.members) // self.size) if self.kind == "fair" else 1
+        return self.visits_per_round if self.kind == "fair" else 1
 
     def visits(self, step: int) -> list[list[int]]:
         """Pair indices of each visit of optimiser step `step`."""
         total = len(self.members)
         if self.kind == "cyclic":
-            return [[self.members[(step * self.size + offset) % total] for offset in range(self.size)]]
-        visits = -(-total // self.size)
-        drawn = step // visits if self.kind == "round" else step
-        order = [self.members[i] for i in torch.randperm(total, generator=generator(self.seed, 1, drawn)).tolist()]
-        if self.kind == "random":
-            return [order[: self.size]]
-        chunks = [order[start : start + self.size] for start in range(0, total, self.size)]
-        return [chunks[step % visits]] if self.kind == "round" else chunks
+            if self.groups is None:
+                return [[self.members[(step * self.size + offset) % total] for offset in range(self.size)]]
+            chunks = self._chunks(self.members)
+            return [chunks[step % len(chunks)]]
+        drawn = step // self.visits_per_round if self.kind == "round" else step
+        order = torch.randperm(total, generator=generator(self.seed, 1, drawn)).tolist()
+        chunks = self._chunks([self.members[position] for position in order])
+        if self.kind == "fair":
+            return chunks
+        return [chunks[step % len(chunks)] if self.kind == "round" else chunks[0]]
+
+    def _group(self, pair: int) -> int:
+        return 0 if self.groups is None else self.groups[pair]
+
+    def _chunks(self, order: Sequence[int]) -> list[list[int]]:
+        """The pairs of a round in this order, cut into visits; groups in order of first appearance."""
+        grouped: dict[int, list[int]] = {}
+        for pair in order:
+            grouped.setdefault(self._group(pair), []).append(pair)
+        return [pairs[at : at + self.size] for pairs in grouped.values() for at in range(0, len(pairs), self.size)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ class BatchSampler:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= len(self.rows):
             raise HymaError(
-                f"search.batch is {self.size} but the training split has {len(self.rows)} pictures; "
+                f"search.batch is {self.size} but the training split has {len(self.rows)} rows; "
                 f"set it to at most {len(self.rows)}."
             )
 

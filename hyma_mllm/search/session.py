@@ -1,7 +1,7 @@
 """All trainings of a run, one after another; each finished one is on disk, so a rerun goes on where it stopped."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ FINISHED = ("ranking.json", "ledger.json", "best/config.json", "examples.json", 
 """Files of a finished run, each written whole; the report can be made from them again."""
 
 
-def is_finished(run: Path) -> bool:
-    """Whether nothing is left to do in this run directory."""
-    return all((run / name).exists() for name in FINISHED)
+def is_finished(run: Path, files: Sequence[str] = FINISHED) -> bool:
+    """Whether nothing is left to do in this run directory: all of its `files` are there."""
+    return all((run / name).exists() for name in files)
 
 
 def hold_inputs(run: RunDirectory, inputs: Mapping[str, str]) -> None:
@@ -71,7 +71,7 @@ def check_batch(batch: int, training: int) -> None:
     """
     if batch > training:
         raise HymaError(
-            f"search.batch is {batch} but the training split has {training} pictures; set search.batch below that."
+            f"search.batch is {batch} but the training split has {training} rows; set search.batch below that."
         )
 
 
@@ -143,7 +143,7 @@ def _save_connectors(search: Search, unit: Unit, found: Found) -> None:
     """Keep every pair's connector of the first seed, for `hyma export`."""
     path = search.run.path / "connectors" / f"{unit.name}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(all_connectors(found.network, len(search.prepared.task.grid)), temporary)
+        save_file(all_connectors(found.network, len(search.task.grid)), temporary)
 
 
 def _stored(stored: dict[str, Any], unit: Unit) -> tuple[Ranking, Ledger]:

@@ -2,29 +2,38 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorGroup, ConnectorSpec
+from hyma_mllm.data.resident import FeatureRows
 from hyma_mllm.metrics.retrieval import RANKING_SCORE, recall_at
 from hyma_mllm.metrics.zero_shot import accuracy, class_embeddings
-from hyma_mllm.objectives.contrastive import ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search import flops
+from hyma_mllm.search.pair_loss import ConnectorSource, Scored
 from hyma_mllm.search.samplers import generator
 
 EVALUATION_PAIRS = 8
 """Pairs mapped at once while scoring: bounds memory, changes no value."""
 
 
-class ConnectorSource(Protocol):
-    """What makes connectors: a hypernetwork or a bank of independent ones."""
+def captions_of(first_caption: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The captions of some pictures, picture by picture.
 
-    def __call__(self, pairs: Sequence[int]) -> list[ConnectorGroup]:
-        """The connectors of these pairs, grouped by shape."""
+    Args:
+        first_caption: [all pictures + 1] int64, see `VLMTask`.
+        pictures: [pictures] int64 row numbers.
+
+    Returns:
+        Row numbers of their captions [captions], and the position in `pictures` that each belongs to [captions].
+    """
+    count = first_caption[pictures + 1] - first_caption[pictures]
+    owner = torch.repeat_interleave(torch.arange(len(pictures)), count)
+    within = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
+    return first_caption[pictures][owner] + within, owner
 
 
 @dataclass
@@ -65,8 +74,8 @@ class VLMTask:
 
     Attributes:
         grid: the pairs.
-        images: per image encoder, standardised unit rows [pictures, width].
-        texts: per text encoder, standardised rows [captions, width]; captions of one picture stand together.
+        images: per image encoder, standardised unit rows [pictures, width], in memory or on disk.
+        texts: per text encoder, standardised rows [captions, width], likewise; captions of one picture stand together.
         first_caption: [pictures + 1] int64; captions of picture p are rows first_caption[p] to first_caption[p + 1].
         train, validation, test: [pictures of the split] int64 row numbers.
         caption_group: [captions] int64; captions that say the same share a number, so that each is a hit for all.
@@ -75,8 +84,8 @@ class VLMTask:
     """
 
     grid: PairGrid
-    images: list[Tensor]
-    texts: list[Tensor]
+    images: Sequence[FeatureRows]
+    texts: Sequence[FeatureRows]
     first_caption: Tensor
     train: Tensor
     validation: Tensor
@@ -90,6 +99,13 @@ class VLMTask:
         first, last = self.first_caption[pictures], self.first_caption[pictures + 1]
         share = torch.rand(len(pictures), generator=generator(seed, 3, number), dtype=torch.float64)
         return Batch(pictures, first + (share * (last - first)).long())
+
+    def share(self, batch: Batch, part: slice) -> Batch:
+        """The pictures of a batch that one process works on."""
+        return Batch(batch.pictures[part], batch.captions[part])
+
+    def visit_groups(self) -> None:
+        """Any pairs may share a visit."""
 
     def losses(self, groups: list[ConnectorGroup], spec: ConnectorSpec, objective: nn.Module, batch: Batch) -> Tensor:
         """Loss of each pair, [pairs] in the order the pairs were asked for, float32."""
@@ -112,10 +128,23 @@ class VLMTask:
         joined = torch.cat(parts)
         return joined[order.to(joined.device)]
 
+    def validate(self, source: ConnectorSource, spec: ConnectorSpec) -> Scored:
+        """Retrieval on the validation split."""
+        scores = self.scores(source, spec, self.validation)
+        return Scored({"retrieval": scores.pop("retrieval")}, scores, self.scoring_flops(spec, self.validation))
+
+    def evaluate(self, source: ConnectorSource, spec: ConnectorSpec) -> Scored:
+        """Retrieval and zero-shot classification on the test split."""
+        details = self.scores(source, spec, self.test)
+        scores = {"retrieval": details.pop("retrieval")} | self.classify(source, spec)
+        validation = self.validate(source, spec)
+        details["validation retrieval"] = validation.scores["retrieval"]
+        return Scored(scores, details, self.scoring_flops(spec, self.test) + validation.flops)
+
     @torch.no_grad()
     def scores(self, source: ConnectorSource, spec: ConnectorSpec, pictures: Tensor) -> dict[str, list[float]]:
         """Retrieval scores of every pair over these pictures, in percent; `retrieval` is the mean of both R@10."""
-        captions, owner = self._captions_of(pictures)
+        captions, owner = captions_of(self.first_caption, pictures)
         table: dict[str, list[float]] = {}
         for vision, text, params in self._each(source):
             mapped = self._map(spec, params, self.texts[text][captions])
@@ -152,22 +181,12 @@ class VLMTask:
 
     def scoring_flops(self, spec: ConnectorSpec, pictures: Tensor) -> float:
         """Analytic FLOPs of `scores` over these pictures."""
-        captions, _ = self._captions_of(pictures)
+        captions, _ = captions_of(self.first_caption, pictures)
         total = 0.0
         for index in range(len(self.grid)):
             shape = self.grid.shape(index)
             total += 2.0 * len(captions) * (spec.parameters(*shape) + len(pictures) * shape[1])
         return total
-
-    def _captions_of(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(caption rows, position in `pictures` that each belongs to)."""
-        rows: list[int] = []
-        owner: list[int] = []
-        for position, picture in enumerate(pictures.tolist()):
-            span = range(int(self.first_caption[picture]), int(self.first_caption[picture + 1]))
-            rows.extend(span)
-            owner.extend([position] * len(span))
-        return torch.tensor(rows), torch.tensor(owner)
 
     def _each(self, source: ConnectorSource) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """(vision, text, one pair's params) of the whole grid in index order."""
@@ -185,25 +204,3 @@ class VLMTask:
     def _map(spec: ConnectorSpec, params: dict[str, Tensor], texts: Tensor) -> Tensor:
         """Unit rows [texts, width] in the image space."""
         return nn.functional.normalize(connectors.apply(spec, params, texts[None])[0].float(), dim=-1)
-
-
-class PairLoss(nn.Module):
-    """A source of connectors with the objective: the one module that Accelerate prepares.
-
-    Its output is a plain tensor [pairs], which is all that data-parallel wrappers understand.
-    """
-
-    def __init__(self, network: nn.Module, objective: ContrastiveObjective, task: VLMTask, spec: ConnectorSpec) -> None:
-        super().__init__()
-        self.network = network
-        self.objective = objective
-        self.task = task
-        self.spec = spec
-
-    def forward(self, pairs: list[int], batch: Batch) -> Tensor:
-        """Loss per pair [pairs], float32."""
-        device_type = next(self.parameters()).device.type
-        with torch.autocast(device_type, enabled=False):
-            groups = self.network(pairs)
-        losses: Tensor = self.task.losses(groups, self.spec, self.objective, batch)
-        return losses

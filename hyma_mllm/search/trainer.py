@@ -3,6 +3,7 @@
 One loop trains hypernetworks and banks of independent connectors alike, so that every method pays by the same meter.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,9 +24,10 @@ from hyma_mllm.search.guard import Guard, GuardConfig
 from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
 from hyma_mllm.search.ledger import Cost, Meter
 from hyma_mllm.search.optimiser import OptimiserConfig
+from hyma_mllm.search.pair_loss import PairLoss, SearchTask
+from hyma_mllm.search.placement import ALONE, IDLE, Placement
 from hyma_mllm.search.samplers import BatchSampler, PairSampler
 from hyma_mllm.search.stability import Stability, StabilityConfig
-from hyma_mllm.search.task import Batch, PairLoss, VLMTask
 
 
 @dataclass
@@ -35,12 +38,13 @@ class Plan:
         method, connector, seed: its name in logs and results.
         steps: optimiser steps.
         pairs: sampler of pairs.
-        batches: sampler of pictures.
+        batches: sampler of rows.
         optimiser: AdamW and its schedule.
         guard: limits of the non-finite guard.
         stability: early stop on a settled order; `times=0` for none.
         evaluate_every: optimiser steps between validation scores; 0 for none.
         checkpoint_every: optimiser steps between checkpoints; 0 for none.
+        placement: which process works on which pairs.
         visit_flops: FLOPs of the source of connectors in one visit of some pairs (a hypernetwork's own work).
     """
 
@@ -55,6 +59,7 @@ class Plan:
     stability: StabilityConfig
     evaluate_every: int
     checkpoint_every: int
+    placement: Placement = ALONE
     visit_flops: Callable[[Sequence[int]], float] = lambda pairs: 0.0
 
     @property
@@ -99,7 +104,7 @@ class Trainer:
     Args:
         plan: what to do.
         model: connectors with their objective.
-        task: features and splits.
+        task: frozen models and their data.
         accelerator: device, processes, precision.
         run: the run directory, for log lines and checkpoints.
         stop: set by a signal.
@@ -109,7 +114,7 @@ class Trainer:
         self,
         plan: Plan,
         model: PairLoss,
-        task: VLMTask,
+        task: SearchTask,
         accelerator: Accelerator,
         run: RunDirectory,
         stop: StopRequest,
@@ -117,7 +122,11 @@ class Trainer:
         self.plan, self.task, self.accelerator, self.run, self.stop = plan, task, accelerator, run, stop
         self.spec: ConnectorSpec = model.spec
         # The counter of micro-steps is global to the accelerator; each training starts its own.
-        accelerator.gradient_accumulation_steps = plan.pairs.visits_per_step
+        self.groups = task.visit_groups()
+        # A pair that this process has the models of.
+        self.own = [next(pair.index for pair in task.grid.pairs() if plan.placement.here(pair.text))]
+        self.turns = len(plan.placement.turns(plan.pairs.visits(0), self.groups))
+        accelerator.gradient_accumulation_steps = self.turns
         accelerator.step = 0
         self.model, self.optimiser = accelerator.prepare(model, plan.optimiser.build(model.parameters()))
         self.source = accelerator.unwrap_model(self.model).network
@@ -168,11 +177,18 @@ class Trainer:
             group["lr"] = rate
         visits = plan.pairs.visits(step)
         seen: dict[int, float] = {}
-        for number, pairs in enumerate(visits):
-            losses = self._visit(pairs, step * plan.pairs.visits_per_step + number, sum(map(len, visits)))
-            seen |= dict(zip(pairs, losses.tolist(), strict=True))
-            if not bool(torch.isfinite(losses).all()):
-                self._skip(pairs, losses)
+        for number, weight in plan.placement.turns(visits, self.groups):
+            pairs = self.own if number == IDLE else visits[number]
+            losses = self._visit(pairs, step * len(visits) + max(number, 0), weight / sum(map(len, visits)))
+            if weight:
+                seen |= dict(zip(visits[number], losses.tolist(), strict=True))
+            if plan.placement.owners is None and not bool(torch.isfinite(losses).all()):
+                self._skip(visits[number], losses)
+                return None
+        if plan.placement.owners is not None:
+            seen = self._shared(seen)
+            if not all(map(math.isfinite, seen.values())):
+                self._skip(list(seen), torch.tensor(list(seen.values())))
                 return None
         norm = self._clip()
         if not torch.isfinite(norm):
@@ -198,26 +214,48 @@ class Trainer:
         )
         return seen
 
-    def _visit(self, pairs: list[int], number: int, pairs_in_step: int) -> Tensor:
-        """Forward and backward of one visit; the loss per pair [pairs], the same on every process."""
+    def _visit(self, pairs: list[int], number: int, weight: float) -> Tensor:
+        """Forward and backward of one visit; the loss per pair [pairs], in data-parallel work that of all processes.
+
+        A hypernetwork's gradient is of the sum of the pairs' losses times `weight`; a bank's pairs are independent, and
+        the plain sum keeps each one's own gradient.
+        """
         accelerator, plan = self.accelerator, self.plan
         rows = plan.batches.batch(number)
-        # Captions are drawn for the whole batch, so that the result does not depend on the number of processes.
-        whole_batch = self.task.batch(rows, plan.seed, number)
-        share = len(rows) // accelerator.num_processes
-        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        # What a batch draws is drawn for the whole of it: the result does not depend on the number of processes.
+        batch = self.task.batch(rows, plan.seed, number)
+        if plan.placement.owners is None:
+            share = len(rows) // accelerator.num_processes
+            batch = self.task.share(
+                batch, slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+            )
         with accelerator.accumulate(self.model):
-            losses = self.model(pairs, Batch(whole_batch.pictures[mine], whole_batch.captions[mine]))
-            # A bank's pairs are independent: the sum keeps each one's own gradient. A hypernetwork takes the mean.
-            whole = losses.sum() if isinstance(self.source, ConnectorBank) else losses.sum() / pairs_in_step
-            # `backward` divides by the number of visits, which the mean over the step's pairs already holds. It runs
-            # for a non-finite loss too: a data-parallel wrapper that waits for a backward refuses the next forward.
-            accelerator.backward(whole * plan.pairs.visits_per_step)
-        self.training.flops += self.task.visit_flops(self.spec, pairs, len(rows)) + plan.visit_flops(pairs)
-        for pair in pairs:
-            self.visits[pair] += 1
-        shared: Tensor = accelerator.reduce(losses.detach().float(), reduction="mean").cpu()
+            losses = self.model(pairs, batch)
+            if isinstance(self.source, ConnectorBank):
+                weight = float(plan.placement.processes if plan.placement.owners and weight else bool(weight))
+            # `backward` divides by the number of turns, which `weight` already holds. It runs for a non-finite loss
+            # too: a data-parallel wrapper that waits for a backward refuses the next forward.
+            accelerator.backward(losses.sum() * (weight * self.turns))
+        found = losses.detach().float()
+        if plan.placement.owners is None:
+            self._count([pairs], len(rows))
+            found = accelerator.reduce(found, reduction="mean")
+        shared: Tensor = found.cpu()
         return shared
+
+    def _count(self, visits: Sequence[Sequence[int]], batch: int) -> None:
+        """Put visits of a whole batch on the bill."""
+        for pairs in visits:
+            self.training.flops += self.task.visit_flops(self.spec, pairs, batch) + self.plan.visit_flops(pairs)
+            for pair in pairs:
+                self.visits[pair] += 1
+
+    def _shared(self, seen: dict[int, float]) -> dict[int, float]:
+        """The losses of all processes' pairs, whose visits are put on the bill."""
+        everywhere = sorted(gather_object(list(seen.items())))
+        for pair, _ in everywhere:
+            self._count([[pair]], self.plan.batches.size)
+        return dict(everywhere)
 
     def _clip(self) -> Tensor:
         """Clip the gradients; the norm before clipping."""
@@ -261,15 +299,16 @@ class Trainer:
         plan, settled = self.plan, False
         if plan.evaluate_every and (self.done % plan.evaluate_every == 0 or self.done == plan.steps):
             with Meter(self.validation, self.accelerator.device):
-                scores = self.task.scores(self.source, self.spec, self.task.validation)["retrieval"]
-            self.validation.flops += self.task.scoring_flops(self.spec, self.task.validation)
+                found = self.task.validate(self.source, self.spec)
+            self.validation.flops += found.flops
+            headline, scores = next(iter(found.scores.items()))
             self.run.log(
                 "evaluation",
                 method=plan.method,
                 connector=plan.connector,
                 seed=plan.seed,
                 step=self.done,
-                scores={"retrieval": [round(score, 4) for score in scores]},
+                scores={headline: [round(score, 4) for score in scores]},
             )
             settled = self.stability.settled(self.done, scores)
         if plan.checkpoint_every and self.done % plan.checkpoint_every == 0 and self.done < plan.steps:

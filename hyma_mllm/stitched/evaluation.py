@@ -32,9 +32,8 @@ class Gallery:
     """
 
     def __init__(self, source: Source, max_bad_fraction: float) -> None:
-        checked = audit(source, max_bad_fraction)
-        if not checked.rows:
-            raise HymaError(f"{source.name} has no row that can be used; name a source with pictures.")
+        checked = audit(source)
+        checked.refuse_if_bad(source.name, max_bad_fraction, "mend them or raise max_bad_fraction")
         self.source = source
         self.rows: list[Row] = list(checked.rows)
         self.refused = [{"key": bad.key, "reason": bad.reason} for bad in checked.bad]

@@ -14,11 +14,14 @@ and "tokens" mean:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -60,11 +63,13 @@ class Tower:
         network: the frozen module, which is a `Backbone`.
         transform: RGB picture -> [3, height, width] float32.
         parameters: number of parameters, before any folding.
+        processor: side in pixels -> the transformers image processor that does what `transform` does, at that side.
     """
 
     network: nn.Module
     transform: Transform
     parameters: int
+    processor: Callable[[int], "BaseImageProcessor"]
 
     @property
     def backbone(self) -> Backbone:
@@ -73,10 +78,16 @@ class Tower:
 
 
 class TimmBackbone(nn.Module):
-    """A timm model, convolutional or transformer."""
+    """A timm model, convolutional or transformer.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        architecture: timm's name of it, without a tag.
+        arguments: what `timm.create_model` took beside the name.
+    """
+
+    def __init__(self, model: nn.Module, architecture: str, arguments: dict[str, Any]) -> None:
         super().__init__()
+        self.architecture, self.arguments = architecture, arguments
         self.model: Any = model
         self.convolutional = not hasattr(model, "patch_embed")
         self.transformer = hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
@@ -163,22 +174,35 @@ class TransformersBackbone(nn.Module):
 
 
 class TorchvisionBackbone(nn.Module):
-    """The convolutions of a torchvision network, read at their last grid only."""
+    """The convolutions of a torchvision network, read at their last grid only.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        blue_first: the weights expect the channels in the order blue, green, red.
+    """
+
+    def __init__(self, model: nn.Module, blue_first: bool = False) -> None:
         super().__init__()
+        self.blue_first = blue_first
         self.model: Any = model
         self.convolutional = True
         self.depth = 0
 
     def read(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Reading]:
         """Readings by block number, which can only be 0."""
-        return dict.fromkeys(blocks, _stage(self.model.features(pixels)))
+        return dict.fromkeys(blocks, _stage(self.model.features(pixels.flip(1) if self.blue_first else pixels)))
 
 
 def _stage(features: Tensor) -> Reading:
     """The reading of a grid [batch, channels, height, width]."""
     return Reading(features.mean((2, 3)), features.flatten(2).transpose(1, 2))
+
+
+def fold_where_exact(network: nn.Module) -> None:
+    """Fold the batch norms of a backbone of the families that `fold_batch_norms` is exact for; leave others alone."""
+    from timm.models.efficientnet import EfficientNet
+
+    if isinstance(network, TimmBackbone) and isinstance(network.model, EfficientNet):
+        fold_batch_norms(network.model.eval())
 
 
 def fold_batch_norms(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What names a frozen model: `ModelCard`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,3 +44,10 @@ class ModelCard:
 def base_id(name: str) -> str:
     """The model behind a control id: `dinov2-small@8#2` is `dinov2-small@8` listed a second time."""
     return name.split("#", 1)[0]
+
+
+def scheme_and_address(name: str, schemes: tuple[str, ...]) -> tuple[str, str]:
+    """One of these schemes (`hf`, `st`, `gguf`) and what follows it, without a control's number; else empty and all."""
+    base = re.sub(r"#\d+$", "", name)
+    scheme, _, address = base.partition(":")
+    return (scheme, address) if scheme in schemes else ("", base)

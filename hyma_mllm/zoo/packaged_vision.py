@@ -39,7 +39,8 @@ class PackagedImage:
         convert: reads that file.
         open: opens the converted directory.
         block_widths: width of each block, from block 1 on; empty when only the output can be read.
-        block_grids: side of each block's square grid of tokens.
+        block_grids: side of each block's square grid of tokens, at the card's resolution.
+        patch: side in pixels of a transformer's patch, None for a convolutional network.
     """
 
     card: ModelCard
@@ -49,6 +50,7 @@ class PackagedImage:
     open: Callable[[Path], Tower]
     block_widths: tuple[int, ...] = ()
     block_grids: tuple[int, ...] = ()
+    patch: int | None = None
 
 
 def packaged_card(name: str) -> ModelCard:
@@ -156,6 +158,7 @@ def _dinov2_small() -> PackagedImage:
         open=_dinov2,
         block_widths=(384,) * 12,
         block_grids=(16,) * 12,
+        patch=14,
     )
 
 

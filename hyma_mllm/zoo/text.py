@@ -1,7 +1,6 @@
 """Text encoders: sentences in, one vector each out; frozen, and always a sentence-transformers model inside."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyma_mllm.errors import HymaError, near_names
-from hyma_mllm.zoo.cards import ModelCard
+from hyma_mllm.zoo.cards import ModelCard, scheme_and_address
 from hyma_mllm.zoo.packaged_text import TEXT_CARDS, convert_packaged, packaged_folder
 from hyma_mllm.zoo.text_places import fetch_snapshot, find_place
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["TEXT_CARDS", "TextEncoder", "load_text_encoder", "text_card", "text_on_disk"]
 
 logger = logging.getLogger("hyma_mllm")
+
+SCHEMES = ("st", "hf")
 
 
 class TextEncoder(nn.Module):
@@ -97,7 +98,7 @@ def text_card(name: str) -> ModelCard:
     Raises:
         HymaError: there is no such model, or it cannot be read.
     """
-    scheme, address = _scheme_and_address(name)
+    scheme, address = scheme_and_address(name, SCHEMES)
     if address in TEXT_CARDS and not scheme:
         return replace(TEXT_CARDS[address], id=name)
     if not scheme or not address:
@@ -120,7 +121,7 @@ def text_card(name: str) -> ModelCard:
 
 def text_on_disk(card: ModelCard) -> bool:
     """Whether the encoder loads without a download."""
-    scheme, address = _scheme_and_address(card.id)
+    scheme, address = scheme_and_address(card.id, SCHEMES)
     if not scheme:
         return packaged_folder(address).is_dir()
     if Path(address).expanduser().is_dir():
@@ -157,16 +158,9 @@ def load_text_encoder(
     return encoder
 
 
-def _scheme_and_address(name: str) -> tuple[str, str]:
-    """`st` or `hf` and what follows, without the number of a control; the scheme of a built-in id is empty."""
-    base = re.sub(r"#\d+$", "", name)
-    scheme, _, address = base.partition(":")
-    return (scheme, address) if scheme in ("st", "hf") else ("", base)
-
-
 def _folder(card: ModelCard) -> Path:
     """The local directory of the model, fetched if need be."""
-    scheme, address = _scheme_and_address(card.id)
+    scheme, address = scheme_and_address(card.id, SCHEMES)
     if not scheme:
         return convert_packaged(address)
     path = Path(address).expanduser()
@@ -178,7 +172,7 @@ def _load(card: ModelCard, folder: Path) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    if _scheme_and_address(card.id)[0] != "hf":
+    if scheme_and_address(card.id, SCHEMES)[0] != "hf":
         return SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     words = Transformer(str(folder))
     if words.tokenizer.pad_token is None:  # padding is masked out, so any token will do

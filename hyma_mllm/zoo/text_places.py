@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, NotASafetensorsRepoError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    EntryNotFoundError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from safetensors import safe_open
 from transformers import AutoConfig
 
@@ -46,8 +52,12 @@ class TextPlace:
         else:
             try:
                 path = Path(huggingface_hub.hf_hub_download(self.address, file, revision=self.revision))
+            except LocalEntryNotFoundError as error:  # the hub was not asked, or did not answer
+                raise self._not_given(file, error) from error
             except EntryNotFoundError:
                 return None
+            except _HUB_FAILS as error:
+                raise self._not_given(file, error) from error
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -57,7 +67,7 @@ class TextPlace:
         """Number of weights in the place's safetensors files, read from their headers.
 
         Raises:
-            HymaError: there is no safetensors file.
+            HymaError: there is no safetensors file, or the hub does not answer.
         """
         nothing = f"{self.address} holds no .safetensors file; save the model with safetensors first."
         if not self.local:
@@ -65,6 +75,8 @@ class TextPlace:
                 metadata = huggingface_hub.get_safetensors_metadata(self.address, revision=self.revision)
             except NotASafetensorsRepoError as error:
                 raise HymaError(nothing) from error
+            except (*_HUB_FAILS, SafetensorsParsingError) as error:
+                raise self._not_given("the headers of its weights", error) from error
             return sum(metadata.parameter_count.values())
         files = sorted(Path(self.address).rglob("*.safetensors"))
         if not files:
@@ -82,7 +94,7 @@ class TextPlace:
             where["revision"] = self.revision
         try:
             config = AutoConfig.from_pretrained(self.address, trust_remote_code=False, **where)
-        except (OSError, ValueError, KeyError) as error:
+        except (*_HUB_FAILS, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise HymaError(f"{self.address} has no config.json that transformers understands: {reason}") from error
         width = getattr(config, "hidden_size", None)
@@ -109,6 +121,10 @@ class TextPlace:
         if not width:
             raise HymaError(f"{self.address}/modules.json starts with no Transformer; its width cannot be told.")
         return width
+
+    def _not_given(self, what: str, error: Exception) -> HymaError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return HymaError(f"The hub did not give {what} of {self.address} ({reason}); check the network and try again.")
 
 
 def find_place(name: str, address: str) -> TextPlace:

@@ -1,12 +1,15 @@
 """Open a network with its weights and transform: a timm name, a transformers checkpoint, a torchvision directory."""
 
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,11 +21,17 @@ from hyma_mllm.zoo.backbones import (
     TorchvisionBackbone,
     Tower,
     TransformersBackbone,
-    fold_batch_norms,
 )
 from hyma_mllm.zoo.converted import WEIGHTS
+from hyma_mllm.zoo.image_processors import processor_of_timm, processor_of_torchvision, resized_processor
 
 _CROP, _RESIZED = 224, 256
+
+_UNREAD_POOLERS = ("vit", "deit")
+"""Transformers models whose pooler, a dense layer with tanh that many checkpoints lack, is never read."""
+
+_UNREADABLE = (HTTPError, OSError, RuntimeError, ValueError, SafetensorError)
+"""What transformers and timm raise on a checkpoint that cannot be fetched or read, or does not fit its config."""
 
 
 def open_timm(name: str, path: Path | None = None, weights: bool = True) -> Tower:
@@ -39,15 +48,16 @@ def open_timm(name: str, path: Path | None = None, weights: bool = True) -> Towe
     """
     import timm
     from timm.data import create_transform, resolve_model_data_config
-    from timm.models.efficientnet import EfficientNet
 
     if not timm.is_model(name):
         raise HymaError(f"timm has no model {name}; {near_names(name, timm.list_models())}")
     options: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if path is not None and path.is_dir():
         config = _timm_config(path, name)
         options = {"num_classes": config.get("num_classes"), "pretrained_cfg_overlay": config.get("pretrained_cfg")}
-        options |= config.get("model_args", {})
+        arguments = config.get("model_args", {})
+        options |= arguments
     if not weights:
         with torch.device("meta"):
             model = timm.create_model(name, **options)
@@ -57,10 +67,10 @@ def open_timm(name: str, path: Path | None = None, weights: bool = True) -> Towe
         model = timm.create_model(name, **options)
         _fill(model, path / WEIGHTS if path.is_dir() else path, name)
     parameters = _count(model)
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    if weights and isinstance(model, EfficientNet):
-        fold_batch_norms(model.eval())
-    return Tower(TimmBackbone(model), transform, parameters)
+    pictures = resolve_model_data_config(model)
+    transform = create_transform(**pictures, is_training=False)
+    network = TimmBackbone(model, name.split(".")[0], arguments)
+    return Tower(network, transform, parameters, partial(processor_of_timm, name, pictures))
 
 
 def open_transformers(source: str, weights: bool = True) -> Tower:
@@ -85,18 +95,31 @@ def open_transformers(source: str, weights: bool = True) -> Tower:
                 f"hf:{source} is a {config.model_type} model without square patches and blocks; "
                 "name a CLIP, SigLIP, DINOv2 or ViT checkpoint, or timm:<name>."
             )
+        options = {"add_pooling_layer": False} if config.model_type in _UNREAD_POOLERS else {}
         if weights:
-            model, report = AutoModel.from_pretrained(
-                source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            with _without_load_report():
+                model, report = AutoModel.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                )
             _refuse_missing(source, report["missing_keys"])
         else:
             with torch.device("meta"):
-                model = AutoModel.from_config(config)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise HymaError(f"hf:{source} cannot be read by transformers ({said}); check the id or the path.") from error
-    return Tower(TransformersBackbone(model, patch), partial(_processed, processor), _count(model))
+                model = AutoModel.from_config(config, **options)
+    except _UNREADABLE as error:
+        raise HymaError(
+            f"hf:{source} cannot be read by transformers ({_said(error)}); check the id or the path."
+        ) from error
+    return Tower(
+        TransformersBackbone(model, patch),
+        partial(processed, processor),
+        _count(model),
+        partial(resized_processor, source, processor),
+    )
 
 
 def open_torchvision(path: Path) -> Tower:
@@ -112,8 +135,8 @@ def open_torchvision(path: Path) -> Tower:
     model.load_state_dict(state)
     steps: list[Any] = [v2.Resize(_RESIZED, antialias=True), v2.CenterCrop(_CROP), v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
-    steps += [partial(torch.flip, dims=(0,))] if config["blue_first"] else []
-    return Tower(TorchvisionBackbone(model), v2.Compose(steps), _count(model))
+    processor = partial(processor_of_torchvision, _RESIZED / _CROP, config["mean"], config["std"])
+    return Tower(TorchvisionBackbone(model, config["blue_first"]), v2.Compose(steps), _count(model), processor)
 
 
 def commit_of(source: str) -> str:
@@ -122,14 +145,35 @@ def commit_of(source: str) -> str:
 
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise HymaError(f"hf:{source} cannot be read by transformers ({said}); check the id or the path.") from error
+    except _UNREADABLE as error:
+        raise HymaError(
+            f"hf:{source} cannot be read by transformers ({_said(error)}); check the id or the path."
+        ) from error
     return getattr(config, "_commit_hash", None) or "unknown"
 
 
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing what a checkpoint holds beside its tower; what it lacks is refused anyway."""
+    # A quiet loader makes it look through its plans for several devices, of which there is none here.
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _refuse_missing(source: str, missing: Collection[str]) -> None:
-    """A weight that the checkpoint does not hold would be random; ViT's unused pooler may be missing."""
+    """A weight that the checkpoint does not hold would be random; a pooler that is never read may be missing."""
     lacking = sorted(name for name in missing if not name.startswith("pooler."))
     if lacking:
         raise HymaError(
@@ -138,7 +182,8 @@ def _refuse_missing(source: str, missing: Collection[str]) -> None:
         )
 
 
-def _processed(processor: Any, picture: Image.Image) -> Tensor:
+def processed(processor: Any, picture: Image.Image) -> Tensor:
+    """Pixels [3, height, width] of one RGB picture by a transformers image processor."""
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"]
     return pixels[0]
 
@@ -161,10 +206,9 @@ def _timm_from_hub(name: str) -> nn.Module:
 
     try:
         model: nn.Module = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[0]
+    except _UNREADABLE as error:
         raise HymaError(
-            f"The pretrained weights of timm:{name} cannot be fetched ({said}); check the network, "
+            f"The pretrained weights of timm:{name} cannot be fetched ({_said(error)}); check the network, "
             f"or give a local file as timm:{name}@/path/to/model.safetensors."
         ) from error
     return model

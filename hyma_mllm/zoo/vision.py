@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.packages import sha256_of
-from hyma_mllm.zoo.backbones import Backbone, Reading, Tower
+from hyma_mllm.zoo.backbones import Backbone, Reading, Tower, fold_where_exact
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.converted import WEIGHTS, converted_dir
 from hyma_mllm.zoo.packaged_vision import (
@@ -155,7 +155,9 @@ def load_image_encoder(
                 f"The weights of {card.id} are at revision {card.revision[:12]} and no longer at "
                 f"{asked.revision[:12]}; embed again with the new ones, or put the old ones back."
             )
-    return VisionEncoder(cards, _open(bases.pop()), device, dtype)
+    tower = open_network(bases.pop())
+    fold_where_exact(tower.network)
+    return VisionEncoder(cards, tower, device, dtype)
 
 
 def share_weights(cards: Sequence[ModelCard]) -> list[list[ModelCard]]:
@@ -191,7 +193,8 @@ def _parts(base: str) -> tuple[str, Path | None]:
     return base, directory if directory.is_dir() else None
 
 
-def _open(base: str, weights: bool = True) -> Tower:
+def open_network(base: str, weights: bool = True) -> Tower:
+    """Network and transform of a base name; `weights=False` (not for packaged ones) builds it on the meta device."""
     if base in PACKAGED:
         return open_packaged(base)
     source, path = _parts(base)
@@ -204,7 +207,7 @@ def _outside_card(name: str) -> ModelCard:
     """The card of a timm or transformers model: a meta-device forward pass tells every shape."""
     parsed = parse_image_name(name)
     source, path = _parts(parsed.base)
-    tower = _open(parsed.base, weights=False)
+    tower = open_network(parsed.base, weights=False)
     _refuse_unknown_block(name, parsed.blocks, tower.backbone)
     side = tower.transform(Image.new("RGB", (64, 64))).shape[-1]
     tower.network.eval()

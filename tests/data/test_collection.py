@@ -63,7 +63,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed_all(tmp_path: Path) -> No
 
 
 def test_a_source_without_one_good_row_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(HymaError, match="2 bad rows of 2"):
+    with pytest.raises(HymaError, match="2 bad rows of 2, that is all"):
         collect(
             [ListSource("a", rows_of("a", tmp_path / "p", 0, 2))],
             DataConfig(max_bad_fraction=1.0),

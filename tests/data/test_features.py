@@ -1,9 +1,7 @@
-"""Reading a store: rows in every way of asking, verification of every kind of damage, alignment, loading."""
+"""Reading a store: rows in every way of asking, verification of every kind of damage, alignment."""
 
 import hashlib
 import json
-import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyma_mllm.data.features import FeatureStore, check_aligned, free_memory
+from hyma_mllm.data.features import FeatureStore, check_aligned
 from hyma_mllm.data.manifest import DTYPES, Manifest, hash_keys
+from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.data.store_writer import StorePlan, StoreWriter
 from hyma_mllm.errors import HymaError
 
@@ -103,50 +102,21 @@ def test_rows_that_do_not_exist(shared: FeatureStore, rows: list[int] | Tensor) 
         shared[rows]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_whole_or_mapped_load_gives_the_same(tmp_path: Path, features: Tensor, dtype: torch.dtype) -> None:
-    store = FeatureStore.open(write_store(tmp_path / "store", features.to(dtype)))
-    whole = store.load()
-    mapped = store.load(max_bytes=ROWS * WIDTH * 4 - 1)
-    assert whole.dtype == mapped.dtype == torch.float32
-    assert torch.equal(whole, features.to(dtype).float())
-    assert torch.equal(mapped, whole)
-    assert (tmp_path / "store" / "merged-float32.bin").stat().st_size == ROWS * WIDTH * 4
-    assert store[:].dtype == dtype
+@given(st.integers(1, ROWS), st.slices(ROWS))
+def test_first_rows_of_joined_stores(shared: FeatureStore, features: Tensor, count: int, rows: slice) -> None:
+    joined = ShardedRows.joined([shared.rows, shared.rows])
+    twice = torch.cat([features, features])
+    assert len(joined) == 2 * ROWS and joined.width == WIDTH
+    assert torch.equal(joined[[0, -1, ROWS, ROWS - 1]], twice[[0, -1, ROWS, ROWS - 1]])
+    first = joined.first(ROWS + count)
+    assert len(first) == ROWS + count and torch.equal(first[:], twice[: ROWS + count])
+    wanted = torch.as_tensor(range(ROWS + count)[rows], dtype=torch.int64)
+    assert torch.equal(first[rows], twice[wanted])
 
 
-def test_the_choice_is_logged(shared: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        shared.load(max_bytes=10)
-        shared.load()
-    first, second = (record.getMessage() for record in caplog.records)
-    assert "memory-mapped" in first and "0.0 MB" in first
-    assert "loaded into memory of cpu" in second
-
-
-def test_writing_to_a_mapped_tensor_leaves_the_store_alone(path: Path, features: Tensor) -> None:
-    store = FeatureStore.open(path)
-    store.load(max_bytes=0).zero_()
-    store[0:2].zero_()
-    assert torch.equal(FeatureStore.open(path).load(), features)
-    assert torch.equal(FeatureStore.open(path).load(max_bytes=0), features)
-
-
-def test_one_shard_is_mapped_without_a_copy(tmp_path: Path, features: Tensor) -> None:
-    store = FeatureStore.open(write_store(tmp_path / "store", features, shard_rows=100))
-    assert torch.equal(store.load(max_bytes=0), features)
-    assert not list((tmp_path / "store").glob("merged*"))
-
-
-def test_a_full_disk_stops_the_merged_copy(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(HymaError, match="fit neither in memory nor"):
-        FeatureStore.open(path).load(max_bytes=0)
-
-
-def test_free_memory_is_that_of_the_system() -> None:
-    assert 0 < free_memory(torch.device("cpu")) < 2**46
+def test_writing_to_a_mapped_view_leaves_the_store_alone(path: Path, features: Tensor) -> None:
+    FeatureStore.open(path)[0:2].zero_()
+    assert torch.equal(FeatureStore.open(path)[:], features)
 
 
 def test_a_flipped_byte_is_found(path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hyma_mllm.data import imports
-from hyma_mllm.data.features import FeatureStore, check_aligned
-from hyma_mllm.data.imports import import_release, import_tensor
+from hyma_mllm.data.features import check_aligned
+from hyma_mllm.data.imports import import_tensor
 from hyma_mllm.errors import HymaError
 from hyma_mllm.zoo.release_names import RELEASE_IMAGE_NAMES, RELEASE_NAMES, release_zoo_id
 
@@ -139,35 +139,6 @@ def test_two_sets_of_other_length(tmp_path: Path, features: Tensor) -> None:
     ]
     with pytest.raises(HymaError, match="part at row 7"):
         check_aligned(stores)
-
-
-def test_the_release(tmp_path: Path) -> None:
-    release = tmp_path / "release"
-    release.mkdir()
-    written = {}
-    for short, width in (("vit_s16", 6), ("deit3-ft_l16", 8), ("minilm", 4)):
-        written[short] = torch.nn.functional.normalize(torch.randn(5, width), dim=1)
-        save(release / f"{short}.pt", written[short])
-    stores = import_release(release, tmp_path / "stores")
-    assert list(stores) == ["deit3-ft_l16", "minilm", "vit_s16"]
-    for short, store in stores.items():
-        assert torch.equal(store[:], written[short])
-    assert stores["minilm"].manifest.kind == "text"
-    assert stores["minilm"].manifest.model == "st:sentence-transformers/all-MiniLM-L12-v2"
-    assert stores["vit_s16"].manifest.model == "timm:vit_small_patch16_224.augreg_in21k_ft_in1k"
-    assert len(FeatureStore.open(tmp_path / "stores" / "deit3-ft_l16")) == 5
-
-    save(release / "mpnet.pt", torch.nn.functional.normalize(torch.randn(6, 3), dim=1))
-    with pytest.raises(HymaError, match="part at row 5"):
-        import_release(release, tmp_path / "stores")
-    save(release / "mpnett.pt", torch.randn(5, 3))
-    with pytest.raises(HymaError, match=r"mpnett\.pt is not named .* did you mean mpnet"):
-        import_release(release, tmp_path / "stores")
-
-
-def test_an_empty_release(tmp_path: Path) -> None:
-    with pytest.raises(HymaError, match=r"holds no \.pt files"):
-        import_release(tmp_path, tmp_path / "stores")
 
 
 def test_the_names_of_the_release_are_known_to_timm() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from hyma_mllm.data.pictures import BadPicture, open_picture
+from hyma_mllm.data.pictures import BadPicture, checked_picture, open_picture
+from hyma_mllm.errors import HymaError
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -178,3 +179,11 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadPicture, match=reason):
             open_picture(image)
+
+
+def test_a_picture_that_went_missing_is_named(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    assert checked_picture("k1", tmp_path / "a.png").size == (64, 48)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(HymaError, match=r"row k1 was readable .* \(the file does not exist\); put it back"):
+        checked_picture("k1", tmp_path / "a.png")

@@ -1,5 +1,6 @@
 """Every form of pictures with words, and every way in which one can be wrong."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from hyma_mllm.data.audit import BadRow, audit
-from hyma_mllm.data.pictures import open_picture
+from hyma_mllm.data.packed_pictures import ParquetPicture, TarPicture, tar_pictures
+from hyma_mllm.data.pictures import BadPicture, open_picture
 from hyma_mllm.data.rows import Row
 from hyma_mllm.data.sources import open_source
+from hyma_mllm.data.threads import in_order
 from hyma_mllm.errors import HymaError
 
 CAPTIONS = ("A red square.", "007", "NA")
@@ -78,6 +83,12 @@ def make_bytes_parquet(folder: Path) -> str:
     return str(folder / "x.parquet")
 
 
+def make_struct_parquet(folder: Path) -> str:
+    cells = [{"bytes": png(colour), "path": None} for colour in COLOURS]
+    pq.write_table(pa.table({"image": cells, "caption": list(CAPTIONS)}), folder / "x.parquet")
+    return str(folder / "x.parquet")
+
+
 def make_tar(folder: Path) -> str:
     for number, (colour, text) in enumerate(zip(COLOURS, CAPTIONS, strict=True)):
         files = {f"{number:05d}.png": png(colour), f"{number:05d}.txt": text.encode()}
@@ -112,6 +123,7 @@ MAKERS = [
     make_metadata_jsonl,
     make_parquet,
     make_bytes_parquet,
+    make_struct_parquet,
     make_tar,
     make_json_tar,
     make_llava,
@@ -129,6 +141,45 @@ def test_every_form_gives_the_same_rows(make: Callable[[Path], str], pictures: P
     assert all(row.concept for row in checked.rows)
     assert [row.key for row in source.rows()] == [row.key for row in checked.rows]
     assert len(audit(source, limit=2).rows) == 2
+
+
+@pytest.mark.parametrize("make", [make_struct_parquet, make_bytes_parquet, make_tar, make_json_tar])
+def test_rows_of_packed_files_hold_places_and_no_bytes(make: Callable[[Path], str], pictures: Path) -> None:
+    rows = list(open_source(make(pictures)).rows())
+    assert all(isinstance(row.image, (TarPicture, ParquetPicture)) for row in rows)
+    assert len({row.image for row in rows}) == 3
+    for row, colour in zip(rows, COLOURS, strict=True):
+        assert isinstance(row.image, (TarPicture, ParquetPicture)) and row.image.read_bytes() == png(colour)
+
+
+def test_pictures_of_many_row_groups_and_files(tmp_path: Path) -> None:
+    """In any order, from several threads."""
+    shades = [(shade, 0, 0) for shade in range(11)]
+    for number, part in enumerate((shades[:7], shades[7:])):
+        cells = [png(shade) if place != 2 else None for place, shade in enumerate(part)]
+        table = pa.table({"image": cells, "caption": [f"{shade}" for shade in part]})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=3)
+    rows = list(open_source(str(tmp_path)).rows())
+    assert [row.key for row in rows if row.image == b""] == ["000000002", "000000009"]
+    held = [(row, shade) for row, shade in zip(rows, shades, strict=True) if row.image != b""]
+    shuffled = held[::-1] + held[::2]
+    found = in_order(lambda row: open_picture(row.image).getpixel((0, 0)), [row for row, _ in shuffled], 4, 3)
+    assert list(found) == [shade for _, shade in shuffled]
+
+
+def test_a_compressed_tar_keeps_its_bytes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"0.png": png(COLOURS[0]), "0.txt": b"a"})
+    assert list(tar_pictures(tmp_path / "x.tar")) == ["0.png", "0.txt"]
+    (tmp_path / "z.tar").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    assert tar_pictures(tmp_path / "z.tar") == {}
+
+
+def test_a_packed_picture_whose_file_is_gone_is_refused(pictures: Path) -> None:
+    source = open_source(make_json_tar(pictures))
+    (row, *_) = source.rows()
+    (pictures / "x.tar").unlink()
+    with pytest.raises(BadPicture, match="does not exist"):
+        open_picture(row.image)
 
 
 def test_the_fingerprint_follows_content_not_place(pictures: Path, tmp_path: Path) -> None:
@@ -151,7 +202,7 @@ def test_llava_turns_questions_and_missing_pictures(pictures: Path) -> None:
         {"id": "words only", "conversations": turns[2:]},
     ]
     (pictures / "x.json").write_text(json.dumps(rows))
-    checked = audit(open_source(str(pictures / "x.json")), max_bad_fraction=0.5)
+    checked = audit(open_source(str(pictures / "x.json")))
     assert [(row.key, row.question, row.answers) for row in checked.rows] == [
         ("7", "What is it?", ("A dog.",)),
         ("7#1", "What colour?", ("Brown.",)),
@@ -275,18 +326,17 @@ def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
         Row("broken", png(COLOURS[0])[:40], ("a",), "a"),
     ]
     source = Fixed([*bad[:2], *good, *bad[2:]])
-    checked = audit(source, max_bad_fraction=0.04)
+    checked = audit(source)
     assert checked.rows == good
     assert [row.key for row in checked.bad] == ["empty", "none", "gone", "broken"]
-    checked.write_bad(tmp_path / "run" / "bad_rows.jsonl")
-    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
-    assert listed[0] == {"key": "empty", "reason": "it has an empty caption"}
-    assert listed[2] == {"key": "gone", "reason": "the file does not exist"}
-    with pytest.raises(HymaError, match=r"4 bad rows of 100.*0\.03.*empty \(it has an empty caption\)"):
-        audit(source, max_bad_fraction=0.03)
-    assert [row.key for row in audit(source, 0.02, check_pictures=False).bad] == ["empty", "none"]
+    assert checked.bad[0] == BadRow("empty", "it has an empty caption")
+    assert checked.bad[2] == BadRow("gone", "the file does not exist")
+    assert audit(source, threads=1) == checked == audit(source, threads=5)
+    checked.refuse_if_bad("fixed", 0.04, "mend them")
+    with pytest.raises(HymaError, match=r"4 bad rows of 100.*0\.03.*empty \(it has an empty caption\); mend them\."):
+        checked.refuse_if_bad("fixed", 0.03, "mend them")
     source.pictures_checked = True
-    assert len(audit(source, 0.02).bad) == 2
+    assert [row.key for row in audit(source).bad] == ["empty", "none"]
 
 
 def test_duplicate_keys_and_no_rows() -> None:

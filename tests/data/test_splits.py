@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from hyma_mllm.data.class_sets import PLAIN_TEMPLATES, ClassSet, class_sets
 from hyma_mllm.data.rows import Row
-from hyma_mllm.data.splits import joined_concepts, split_by_concept
+from hyma_mllm.data.splits import joined_concepts, split_by_concept, split_by_key
 from hyma_mllm.data.words import caption_key, listed
 from hyma_mllm.errors import HymaError
 
@@ -117,3 +117,14 @@ def test_class_sets_hold_what_occurs() -> None:
         ["bird", "a picture of a bird."],
     ]
     assert class_sets(rows[4:]) == {}
+
+
+def test_a_row_stays_in_its_part_when_rows_are_added() -> None:
+    keys = [f"k{number}" for number in range(4000)]
+    few, many = split_by_key(keys[:2000], 3, 0.1, 0.2), split_by_key(keys, 3, 0.1, 0.2)
+    assert set(few.test) <= set(many.test) and set(few.validation) <= set(many.validation)
+    for part, share in ((many.train, 0.7), (many.validation, 0.1), (many.test, 0.2)):
+        assert abs(len(part) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+    assert split_by_key(keys, 4, 0.1, 0.2) != many
+    with pytest.raises(HymaError, match="none fell to the"):
+        split_by_key(keys[:2], 0, 0.1, 0.1)

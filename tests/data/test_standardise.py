@@ -105,5 +105,6 @@ def test_state_dict_round_trip(features: Tensor, power: Power, unit: bool) -> No
 
 
 def test_nothing_to_fit() -> None:
-    with pytest.raises(ValueError, match="cannot fit"):
-        Standardiser.fit(torch.zeros(0, 4))
+    for nothing in (torch.zeros(0, 4), iter(())):
+        with pytest.raises(ValueError, match="cannot fit"):
+            Standardiser.fit(nothing)

@@ -1,33 +1,31 @@
 """Each method over the synthetic task: what it trains, what it pays, what it answers."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from hyma_mllm.data.splits import Split
 from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, Preset
-from hyma_mllm.objectives.contrastive import ContrastiveConfig
+from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.ledger import Cost, Ledger
 from hyma_mllm.search.methods import Found, Method, Search, SearchConfig, all_connectors
 from hyma_mllm.search.optimiser import OptimiserConfig
-from hyma_mllm.search.prepare import Prepared
 from hyma_mllm.search.samplers import PairSampling
 from hyma_mllm.search.task import VLMTask
 
 Maker = Callable[..., Search]
 
 
-def prepared(task: VLMTask) -> Prepared:
-    split = Split(task.train.tolist(), task.validation.tolist(), task.test.tolist())
-    means = [x[task.train].mean(0) for x in task.images], [x.mean(0) for x in task.texts]
-    return Prepared(task, [], split, [], [], *means)
+def means(task: VLMTask) -> tuple[list[Tensor], list[Tensor]]:
+    return [x[task.train].mean(0) for x in task.images], [x.mean(0) for x in task.texts]
 
 
 @pytest.fixture
@@ -51,16 +49,16 @@ def search(task: VLMTask, tmp_path: Path, accelerator: Accelerator) -> Maker:
         }
         config = SearchConfig(**(values | changes))  # type: ignore[arg-type]
         run = RunDirectory(tmp_path / f"run{number}", {})
-        objective = ContrastiveConfig(scale=20.0)
+        objective = partial(ContrastiveObjective, ContrastiveConfig(scale=20.0))
         network = HypernetworkConfig(preset=preset)
-        return Search(config, network, objective, prepared(task), accelerator, run, StopRequest())
+        return Search(config, network, objective, task, *means(task), accelerator, run, StopRequest())
 
     return make
 
 
 def untrained(search: Search, method: Method, connector: str = "linear") -> list[float]:
     spec = search.config.spec(connector)
-    task = search.prepared.task
+    task = search.task
     return task.scores(search.network(method, spec, 0), spec, task.test)["retrieval"]
 
 
@@ -94,7 +92,7 @@ def test_each_sampler_learns_and_is_billed_for_what_it_shows(search: Maker, samp
         assert max(visits) - min(visits) <= (0 if sampler == "cyclic" else 20)
     # A random or cyclic step shows a third of the pairs and costs a third.
     whole = search(sampler="fair", steps=45).run_method("hyma", "linear", 0, None).ledger.phases["training"].flops
-    task, spec = one.prepared.task, one.config.spec("linear")
+    task, spec = one.task, one.config.spec("linear")
     loss = task.visit_flops(spec, range(6), 16) * 45
     assert paid.flops >= loss * sum(visits) / (45 * 6) * 0.8
     assert (paid.flops < 0.6 * whole) == (sampler != "fair")
@@ -118,7 +116,7 @@ def test_rivals_are_held_to_hymas_cost(search: Maker) -> None:
 @pytest.mark.parametrize("affords", [0.0, 0.5, 2.5, 100.0])
 def test_random_trains_what_hymas_flops_afford_and_reports_all(search: Maker, affords: float) -> None:
     one = search()
-    task, spec = one.prepared.task, one.config.spec("linear")
+    task, spec = one.task, one.config.spec("linear")
     dearest = max(task.visit_flops(spec, [k], 16) for k in range(6)) * one.config.grid_steps
     bill = Ledger("hyma", "linear", 0, {"training": Cost(flops=affords * dearest)})
     found = one.run_method("random", "linear", 0, bill)
@@ -162,7 +160,7 @@ def test_the_total_is_the_sum_of_its_parts(search: Maker) -> None:
     assert total.seconds == training.seconds + evaluation.seconds
     assert total.peak_bytes == max(training.peak_bytes, evaluation.peak_bytes)
     assert (total.steps, total.samples_per_pair) == (10, 160)
-    task, spec = one.prepared.task, one.config.spec("linear")
+    task, spec = one.task, one.config.spec("linear")
     # Two validations on the way (steps 5 and 10), then validation and test at the end.
     wanted = 3 * task.scoring_flops(spec, task.validation) + task.scoring_flops(spec, task.test)
     assert evaluation.flops == wanted
@@ -223,5 +221,5 @@ def test_what_cannot_be_searched_is_refused(changes: dict[str, object], sentence
 def test_more_than_there_is_is_refused(search: Maker) -> None:
     with pytest.raises(HymaError, match="pairs_per_visit is 7 but the grid has 6 pairs"):
         search(pairs_per_visit=7).run_method("hyma", "linear", 0, None)
-    with pytest.raises(HymaError, match=r"search\.batch is 71 but the training split has 70 pictures"):
+    with pytest.raises(HymaError, match=r"search\.batch is 71 but the training split has 70 rows"):
         search(batch=71).run_method("grid", "linear", 0, None)

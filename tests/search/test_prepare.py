@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyma_mllm.connectors import ConnectorSpec
+from hyma_mllm.data import resident
 from hyma_mllm.data.class_sets import PLAIN_TEMPLATES
 from hyma_mllm.data.collection import Part
 from hyma_mllm.data.library import Library
+from hyma_mllm.data.resident import MappedFeatures
 from hyma_mllm.data.rows import Row
+from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.data.splits import Split
 from hyma_mllm.data.standardise import StandardiseConfig
 from hyma_mllm.errors import HymaError
+from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
+from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.prepare import FEWEST_TO_CLASSIFY, Prepared, prepare, split_rows
 from hyma_mllm.zoo.cards import ModelCard
 
@@ -57,18 +64,26 @@ class FakeLibrary:
     """Features that are a function of the model's id and the key or text alone."""
 
     asked: list[str] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def images(self, cards: Sequence[ModelCard], parts: Sequence[Part]) -> list[Tensor]:
-        return [torch.stack([self.feature(c, row.key) for part in parts for row in part.rows]) for c in cards]
+    def images(self, cards: Sequence[ModelCard], parts: Sequence[Part]) -> list[ShardedRows]:
+        return [pieces([self.feature(c, row.key) for part in parts for row in part.rows]) for c in cards]
 
-    def texts(self, cards: Sequence[ModelCard], items: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[Tensor]:
+    def texts(
+        self, cards: Sequence[ModelCard], items: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    ) -> list[ShardedRows]:
         self.asked += [text for _, texts in items for _, text in texts]
-        return [torch.stack([self.feature(c, text) for _, texts in items for _, text in texts]) for c in cards]
+        return [pieces([self.feature(c, text) for _, texts in items for _, text in texts]) for c in cards]
 
     @staticmethod
     def feature(c: ModelCard, word: str) -> Tensor:
         seed = sum(ord(letter) * 31**place for place, letter in enumerate(c.id + word)) % 2**31
         return torch.randn(c.width, generator=torch.Generator().manual_seed(seed)) + 3
+
+
+def pieces(rows: list[Tensor]) -> ShardedRows:
+    """The rows as a store of shards would give them."""
+    return ShardedRows(torch.stack(rows).split(17))
 
 
 def rows_of(count: int, prefix: str = "a") -> list[Row]:
@@ -120,12 +135,38 @@ def test_training_features_are_centred_and_on_the_sphere() -> None:
     for number, (features, model) in enumerate(zip(task.images, VISION, strict=True)):
         raw = F.normalize(torch.stack([FakeLibrary.feature(model, f"a{n}") for n in range(110)]), dim=1)
         wanted = F.normalize(raw - raw[:40].mean(0), dim=1)
-        torch.testing.assert_close(features, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(features[:], wanted, atol=1e-5, rtol=1e-4)
         assert prepared.image_standardisers[number].unit
     captions = int(task.first_caption[40])
-    for features in task.texts:
-        torch.testing.assert_close(features[:captions].mean(0), torch.zeros(features.shape[1]), atol=1e-5, rtol=0)
+    for features, width in zip(task.texts, task.grid.text_widths, strict=True):
+        torch.testing.assert_close(features[:captions].mean(0), torch.zeros(width), atol=1e-5, rtol=0)
         assert float(features[:captions].square().mean()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_features_on_disk_give_the_losses_and_scores_of_features_in_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit, and only what is asked for is read."""
+    with caplog.at_level(logging.INFO, logger="hyma_mllm"):
+        loaded, _ = run(parts_of(110), SPLIT)
+        monkeypatch.setattr(resident, "free_memory", lambda device: 0)
+        mapped, _ = run(parts_of(110), SPLIT)
+    assert "they are loaded there" in caplog.messages[0] and "stay memory-mapped on disk" in caplog.messages[1]
+    assert all(isinstance(rows, Tensor) for rows in [*loaded.task.images, *loaded.task.texts])
+    assert all(isinstance(rows, MappedFeatures) for rows in [*mapped.task.images, *mapped.task.texts])
+    for one, other in zip(
+        loaded.vision_means + loaded.text_means, mapped.vision_means + mapped.text_means, strict=True
+    ):
+        assert torch.equal(one, other)
+    spec = ConnectorSpec.named("linear", hidden=10)
+    bank = ConnectorBank(loaded.task.grid, spec, 0)
+    objective = ContrastiveObjective(ContrastiveConfig(scale=10.0))
+    outcomes = []
+    for task in (loaded.task, mapped.task):
+        batch = task.batch(task.train[:32], seed=0, number=0)
+        losses = task.losses(bank(range(4)), spec, objective, batch)
+        outcomes.append((losses.tolist(), task.scores(bank, spec, task.test), task.classify(bank, spec)))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_captions_of_a_row_stand_together() -> None:

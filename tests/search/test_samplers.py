@@ -62,7 +62,7 @@ def test_an_epoch_has_no_row_twice(rows: int, share: float, seed: int) -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(HymaError, match=r"search.batch is 11 but the training split has 10 pictures"):
+    with pytest.raises(HymaError, match=r"search.batch is 11 but the training split has 10 rows"):
         BatchSampler(torch.arange(10), 11, 0)
 
 

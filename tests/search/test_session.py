@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,17 +7,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from hyma_mllm.data.splits import Split
 from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
-from hyma_mllm.objectives.contrastive import ContrastiveConfig
+from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search import session
 from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
 from hyma_mllm.search.ledger import Cost, Ledger
 from hyma_mllm.search.methods import Found, Method, Search, SearchConfig, all_connectors
 from hyma_mllm.search.optimiser import OptimiserConfig
-from hyma_mllm.search.prepare import Prepared
 from hyma_mllm.search.task import VLMTask
 
 EMBEDDING = Cost(samples_per_pair=120, flops=5.0, seconds=1.0)
@@ -70,13 +69,13 @@ def search(task: VLMTask, tmp_path: Path, accelerator: Accelerator) -> Maker:
             evaluate_every=3,
             checkpoint_every=2,
         )
-        split = Split(task.train.tolist(), task.validation.tolist(), task.test.tolist())
-        prepared = Prepared(task, [], split, [], [], [], [])
         found = CountedSearch(
             config,
             HypernetworkConfig(),
-            ContrastiveConfig(scale=20.0),
-            prepared,
+            partial(ContrastiveObjective, ContrastiveConfig(scale=20.0)),
+            task,
+            None,
+            None,
             accelerator,
             RunDirectory(tmp_path / folder, {}),
             StopRequest() if stop is None else stop,

@@ -10,7 +10,8 @@ from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.search import task as task_module
 from hyma_mllm.search.bank import ConnectorBank
-from hyma_mllm.search.task import Batch, PairLoss, VLMTask
+from hyma_mllm.search.pair_loss import PairLoss
+from hyma_mllm.search.task import Batch, VLMTask
 
 
 def modules(bank: ConnectorBank, spec: ConnectorSpec, task: VLMTask) -> list[nn.Sequential]:

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.zoo.text import TEXT_CARDS, load_text_encoder, text_card, text_on_disk
+from hyma_mllm.zoo.text_places import TextPlace
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "fox", "blue", "bird", "flies", "say:"]
 SENTENCES = ["a red fox", "a blue bird flies", "fox"]
@@ -190,6 +191,22 @@ def test_an_unreachable_hub_is_one_sentence(error: Exception, monkeypatch: pytes
         HymaError, match=r"^st:some/model: there is no directory some/model and the hub did not .*offline"
     ):
         text_card("st:some/model")
+
+
+@pytest.mark.parametrize("call", ["hf_hub_download", "get_safetensors_metadata"])
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), HTTPError("offline"), OSError("offline")])
+def test_a_hub_that_fails_after_it_named_the_commit_is_one_sentence(
+    call: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = TextPlace("some/model", "abc", local=False)
+    monkeypatch.setattr(huggingface_hub, call, Mock(side_effect=error))
+    with pytest.raises(HymaError, match=r"^The hub did not give .* of some/model \(offline\); check the network"):
+        place.json("modules.json") if call == "hf_hub_download" else place.parameters()
+
+
+def test_a_file_that_the_hub_does_not_have_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=EntryNotFoundError("404")))
+    assert TextPlace("some/model", "abc", local=False).json("modules.json") is None
 
 
 def test_what_the_hub_gave_before_serves_without_it(

@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     BitImageProcessor,
     CLIPConfig,
     CLIPModel,
@@ -24,6 +27,7 @@ from transformers import (
 from hyma_mllm.errors import HymaError
 from hyma_mllm.zoo.backbones import fold_batch_norms
 from hyma_mllm.zoo.converted import Converted, convert_once
+from hyma_mllm.zoo.towers import open_timm
 from hyma_mllm.zoo.vision import (
     DEFAULT_IMAGE_IDS,
     IMAGE_CARDS,
@@ -166,6 +170,30 @@ def test_weights_that_changed_are_refused(checkpoints: Path) -> None:
     card = image_card(f"hf:{checkpoints / 'vit'}")
     with pytest.raises(HymaError, match="no longer at"):
         load_image_encoder(replace(card, revision="0" * 64))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_classifier_is_read_without_a_report(pooled: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whether a ViT's checkpoint has its unread pooler changes neither the size nor the features."""
+    torch.manual_seed(0)
+    config = ViTConfig(**SIZES, intermediate_size=64)
+    ViTModel(config, add_pooling_layer=pooled).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    encoder = load_image_encoder(f"hf:{tmp_path}")
+    said = capfd.readouterr()
+    assert "LOAD REPORT" not in said.out + said.err
+    plain = ViTModel(config, add_pooling_layer=False)
+    assert encoder.cards[0].parameters == sum(parameter.numel() for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("error", [HTTPError("offline"), OSError("offline"), OSError()])
+def test_a_hub_that_fails_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", Mock(side_effect=error))
+    with pytest.raises(HymaError, match=r"^hf:some/model cannot be read by transformers \((offline|OSError)\); check"):
+        image_card("hf:some/model")
+    monkeypatch.setattr(timm, "create_model", Mock(side_effect=error))
+    with pytest.raises(HymaError, match=r"^The pretrained weights of timm:resnet18 .* \((offline|OSError)\); check"):
+        open_timm("resnet18")
 
 
 def test_a_checkpoint_with_a_missing_weight_is_refused(checkpoints: Path, tmp_path: Path) -> None:

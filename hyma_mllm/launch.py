@@ -1,0 +1,123 @@
+"""How a recipe runs: configuration from YAML and command line, a checked Accelerator, the run directory around it."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import jsonargparse
+import psutil
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+
+from hyma_mllm.errors import HymaError
+from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.methods import SearchConfig
+from hyma_mllm.search.session import is_finished
+from hyma_mllm.search.trainer import check_processes
+
+logger = logging.getLogger("hyma_mllm")
+
+
+class RecipeConfig(Protocol):
+    """What every recipe's configuration holds."""
+
+    run: Path
+    processes: int
+    threads: int
+    mixed_precision: Literal["no", "bf16", "fp16"] | None
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None
+    search: SearchConfig
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values: everything that decides the result."""
+
+
+C = TypeVar("C")
+R = TypeVar("R", bound=RecipeConfig)
+
+
+def parse(kind: type[C], default: Path, shortcuts: Mapping[str, str] | None = None) -> tuple[C, bool]:
+    """Read the command line: (configuration, dry run?).
+
+    Args:
+        kind: dataclass of the configuration.
+        default: YAML whose values hold where the command line says nothing.
+        shortcuts: option, e.g. `accept-terms` -> list of the configuration that its values are added to.
+    """
+    parser = jsonargparse.ArgumentParser(
+        description=(kind.__doc__ or "").splitlines()[0], default_config_files=[str(default)]
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options win over it")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the bill, and stop")
+    parser.add_class_arguments(kind)
+    for short, target in (shortcuts or {}).items():
+        parser.add_argument(f"--{short}", type=str, nargs="+", default=[], help=f"add to {target}, e.g. gemma")
+    read = parser.parse_args()
+    for short, target in (shortcuts or {}).items():
+        read[target] = [*read[target], *read.pop(short.replace("-", "_"))]
+    found = parser.instantiate_classes(read)
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind(**{name: found[name] for name in names}), bool(found["dry_run"])
+
+
+def start(config: RecipeConfig) -> Accelerator:
+    """The accelerator of this process, checked against what was asked for.
+
+    Raises:
+        HymaError: another number of processes, a batch that they cannot share, or a tracker that is not installed.
+    """
+    # A rival trains only some shapes' connectors in a step, so some parameters may lack a gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.tracker,
+            project_dir=str(config.run) if config.tracker else None,
+            kwargs_handlers=[unused],
+        )
+    except (ImportError, ValueError) as error:
+        raise HymaError(
+            f"Accelerate cannot start ({str(error).splitlines()[0]}); change mixed_precision or tracker."
+        ) from error
+    check_processes(accelerator, config.processes, config.search.batch)
+    # Launchers set one thread a process, which leaves most of a CPU idle.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.threads or max(1, (psutil.cpu_count(logical=False) or 1) // local))
+    level = logging.INFO if accelerator.is_main_process else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(level)
+    set_seed(config.search.seeds[0])
+    return accelerator
+
+
+def in_run_directory(
+    config: R,
+    accelerator: Accelerator,
+    finished: Sequence[str],
+    search: Callable[[R, Accelerator, RunDirectory], None],
+    show: Callable[[Path], None],
+) -> None:
+    """Search in the run directory of a recipe, unless that was done before, and show what it holds.
+
+    Args:
+        config: of the recipe.
+        accelerator: of this process.
+        finished: files of a finished run.
+        search: fills the run directory.
+        show: writes the report and prints a summary, on the main process.
+    """
+    with closing(RunDirectory(config.run, config.resolved(), accelerator.is_main_process)) as run:
+        if is_finished(run.path, finished):
+            accelerator.print(f"The run {run.path} was finished before; set --run to a new directory for another.")
+        else:
+            if config.tracker:
+                accelerator.init_trackers("hyma_mllm", config={"run": str(config.run)})
+            search(config, accelerator, run)
+            accelerator.end_training()
+        if accelerator.is_main_process:
+            show(run.path)

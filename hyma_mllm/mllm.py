@@ -1,0 +1,289 @@
+"""The MLLM search's configuration and its bill: what a run will do, checked and priced before a byte is embedded."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from hyma_mllm.data.prompts import Prompter
+from hyma_mllm.data.question_sets import QuestionConfig
+from hyma_mllm.data.questions import BUILT_IN, open_questions
+from hyma_mllm.data.token_library import TokenConfig
+from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.hypernetwork.network import Hypernetwork, describe
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.objectives.causal_lm import CausalConfig
+from hyma_mllm.pairs import PairGrid
+from hyma_mllm.paths import cache_dir
+from hyma_mllm.search import flops
+from hyma_mllm.search.methods import SearchConfig
+from hyma_mllm.search.samplers import PairSampler
+from hyma_mllm.zoo.cards import ModelCard
+from hyma_mllm.zoo.llm import (
+    DEFAULT_LLM_IDS,
+    LLM_CARDS,
+    LanguageModel,
+    Quantisation,
+    check_terms,
+    llm_card,
+    llm_on_disk,
+    load_llm,
+    load_tokenizer,
+)
+from hyma_mllm.zoo.vision_tokens import DEFAULT_TOWER_IDS, tower_card, tower_on_disk
+
+logger = logging.getLogger("hyma_mllm")
+
+WHEN_FULL = (
+    "checkpoints and finished trainings are kept: set llm.checkpointing to true or lower answer_batch and run the same "
+    "command again to go on, or lower search.batch or search.pairs_per_visit in a new --run"
+)
+"""What to do when memory is full."""
+
+SHORTCUTS = {"accept-terms": "llm.accept_terms"}
+"""Options of the command line with a longer name in the configuration."""
+
+TYPICAL_TEXT = 30
+"""Tokens of a short question behind the picture: what the bill reckons with before any question was read."""
+
+BYTES_PER_WEIGHT = {
+    "none": {"bf16": 2.0, "fp32": 4.0},
+    "int8": {"bf16": 1.1, "fp32": 1.1},
+    "nf4": {"bf16": 0.6, "fp32": 0.6},
+}
+
+
+@dataclass
+class LLMConfig:
+    """How the LLMs are loaded.
+
+    Attributes:
+        dtype: precision of their weights and of the pass through them, `bf16` or `fp32`; `auto` takes bf16 on a GPU and
+            on CPUs that multiply it, fp32 on others, which are three times slower in bf16.
+        quantisation: `none`, `int8` or `nf4` (bitsandbytes).
+        checkpointing: recompute the layers in the backward pass: less memory, a third more time.
+        accept_terms: terms of use that you accept, `gemma` for one; packaged LLMs under them join the default zoo.
+        max_length: tokens of a conversation at most, picture included; longer rows lose the end of their question.
+        longest_answer: tokens after which a generated answer is cut.
+    """
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    quantisation: Quantisation = "none"
+    checkpointing: bool = False
+    accept_terms: list[str] = field(default_factory=list)
+    max_length: int = 512
+    longest_answer: int = 8
+
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """`dtype`, decided for this machine."""
+        if self.dtype != "auto":
+            return self.dtype
+        # torch 2.11 cannot tell; fp32 is never wrong.
+        capable: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = torch.cuda.is_available() or capable.get("avx512_bf16") or capable.get("amx_bf16")
+        return "bf16" if fast else "fp32"
+
+    def torch_dtype(self) -> torch.dtype:
+        """`precision` for torch."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision()]
+
+    def load(self, card: ModelCard, device: torch.device | str = "cpu") -> LanguageModel:
+        """Open an LLM as configured."""
+        return load_llm(card, device, self.torch_dtype(), self.quantisation, self.accept_terms, self.checkpointing)
+
+
+@dataclass
+class MLLMConfig:
+    """A search over pairs of vision towers and LLMs.
+
+    Attributes:
+        run: run directory; a rerun of the same command goes on there.
+        towers: vision towers, `NAME[@block][:112px][:pool2]`; names as of image encoders; empty takes the default zoo.
+        llms: LLMs: packaged, `hf:ID or directory`, `gguf:FILE`; empty takes the default zoo.
+        processes: processes that the launcher must have started; 0 accepts any number.
+        threads: CPU threads of a process; 0 shares the machine's cores evenly between its processes.
+        mixed_precision: of the connectors while training, `no`, `bf16` or `fp16`; null takes the launcher's.
+        tracker: also log to `tensorboard`, `wandb` or `trackio`; null for none.
+        llm: how the LLMs are loaded.
+        data: questions and answers.
+        tokens: how vision tokens are computed and stored.
+        hypernetwork: what predicts the projectors.
+        objective: the causal loss.
+        search: methods, budgets, optimisers.
+        answer_batch: questions that each pair answers at once while scoring.
+    """
+
+    run: Path = Path("runs/mllm")
+    towers: list[str] = field(default_factory=list)
+    llms: list[str] = field(default_factory=list)
+    processes: int = 0
+    threads: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    data: QuestionConfig = field(default_factory=QuestionConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
+    objective: CausalConfig = field(default_factory=CausalConfig)
+    search: SearchConfig = field(
+        default_factory=lambda: SearchConfig(methods=["hyma"], connectors=["mlp1"], hidden=0, activation="gelu")
+    )
+    answer_batch: int = 32
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values for config.yaml and ranking.json: everything that decides the result.
+
+        What only decides how much memory is needed may change between a run and its rerun, and is left out.
+        """
+        plain = asdict(self)
+        plain.pop("run")
+        plain.pop("answer_batch")
+        plain["llm"].pop("checkpointing")
+        plain["towers"] = [card.id for card in self.tower_cards()]
+        plain["llms"] = [card.id for card in self.llm_cards()]
+        plain["llm"]["dtype"] = self.llm.precision()
+        plain["data"] |= {"train": self.data.train_limits(), "tests": self.data.test_limits()}
+        return plain
+
+    def tower_cards(self) -> list[ModelCard]:
+        """Cards of the vision towers; HymaError with near names for an unknown one."""
+        return [tower_card(name) for name in self.towers or DEFAULT_TOWER_IDS]
+
+    def llm_cards(self) -> list[ModelCard]:
+        """Cards of the LLMs; HymaError for an unknown one, or for terms that are not accepted."""
+        joined = [card.id for card in LLM_CARDS.values() if card.terms in self.llm.accept_terms]
+        cards = [llm_card(name) for name in self.llms or [*DEFAULT_LLM_IDS, *joined]]
+        for card in cards:
+            check_terms(card, self.llm.accept_terms)
+        return cards
+
+    def grid(self) -> PairGrid:
+        """The pairs."""
+        towers, llms = self.tower_cards(), self.llm_cards()
+        return PairGrid(
+            tuple(card.id for card in towers),
+            tuple(card.width for card in towers),
+            tuple(card.id for card in llms),
+            tuple(card.width for card in llms),
+            "vision_to_text",
+        )
+
+
+def check(config: MLLMConfig) -> int:
+    """Everything that can be wrong before a byte is fetched or embedded.
+
+    Returns:
+        The number of training questions, as far as it is known without reading them; 0 where it is not.
+
+    Raises:
+        HymaError: the first thing that is wrong.
+    """
+    grid = config.grid()
+    PairSampler(tuple(range(len(grid))), config.search.pairs_per_visit, config.search.sampler, 0)
+    for name, value in (("answer_batch", config.answer_batch), ("llm.longest_answer", config.llm.longest_answer)):
+        if value < 1:
+            raise HymaError(f"{name} is {value}; it takes at least 1.")
+    _check_templates(config)
+    training = _training_questions(config.data)
+    if training and config.search.batch > training:
+        raise HymaError(
+            f"search.batch is {config.search.batch} but there are {training} training questions; "
+            "set search.batch below that."
+        )
+    return training
+
+
+def _check_templates(config: MLLMConfig) -> None:
+    """Chat templates of the LLMs that are here, each on a small conversation; others are checked once fetched."""
+    longest = max(card.tokens or 0 for card in config.tower_cards())
+    for card in config.llm_cards():
+        if not card.id.startswith("gguf:") and llm_on_disk(card):  # a GGUF's tokenizer comes with its weights
+            Prompter(load_tokenizer(card), card.id, config.llm.max_length, longest)
+
+
+def _training_questions(data: QuestionConfig) -> int:
+    """Training questions, as far as limits tell; user's files are opened, which checks every row's words."""
+    for spec in {**data.train_limits(), **data.test_limits()}:
+        if not spec.startswith("questions:"):
+            open_questions(spec, data.shares())
+            continue
+        name = spec.removeprefix("questions:").split("/")[0].split("+")[0]
+        if name not in BUILT_IN:
+            raise HymaError(f"There are no built-in questions {name}; {near_names(name, BUILT_IN)}")
+    limits = data.train_limits().values()
+    return sum(limits) if all(limits) else 0
+
+
+def print_bill(config: MLLMConfig, training: int, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    """Say what the run loads, stores, trains and computes.
+
+    Args:
+        config: the run.
+        training: training questions, 0 where their number is not known before reading.
+        accelerator: processes and precision.
+        say: prints a line.
+    """
+    towers, llms, grid, search = config.tower_cards(), config.llm_cards(), config.grid(), config.search
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    say(f"{accelerator.num_processes} process(es) on {device}, mixed precision {accelerator.mixed_precision}")
+    for card in towers:
+        where = "on disk" if tower_on_disk(card) else f"to be fetched from {card.source}"
+        size = 2 * (card.tokens or 0) * card.width / 1e3
+        say(f"  tower {card.id}: {card.tokens} tokens of width {card.width}, {size:.0f} kB a picture, {where}")
+    per_weight = {card.id: BYTES_PER_WEIGHT[config.llm.quantisation][config.llm.precision()] for card in llms}
+    for card in llms:
+        where = "on disk" if llm_on_disk(card) else f"to be fetched from {card.source}"
+        size = card.parameters * per_weight[card.id] / 1e9
+        say(f"  LLM   {card.id}: width {card.width}, {card.parameters / 1e6:.0f} M parameters, {size:.1f} GB, {where}")
+    memory = sum(card.parameters * per_weight[card.id] for card in llms)
+    free = psutil.virtual_memory().available
+    say(
+        f"{len(towers)} towers x {len(llms)} LLMs = {len(grid)} pairs; "
+        f"training: {', '.join(config.data.train_limits())}; tests: {', '.join(config.data.test_limits())}"
+    )
+    say(
+        f"LLMs take {memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory; tokens go to {cache_dir()} "
+        f"({shutil.disk_usage(cache_dir()).free / 1e9:.1f} GB free, at most tokens.disk_gb {config.tokens.disk_gb:g})"
+    )
+    if memory > free:
+        raise HymaError(
+            f"The LLMs need {memory / 1e9:.1f} GB but {free / 1e9:.1f} GB of memory are free; set llm.quantisation to "
+            "nf4, llm.dtype to bf16, or list fewer LLMs."
+        )
+    for connector in search.connectors:
+        _price(config, grid, connector, training, say)
+
+
+def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, say: Callable[[str], None]) -> None:
+    search, spec = config.search, config.search.spec(connector)
+    towers, llms = config.tower_cards(), config.llm_cards()
+    means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
+    network = Hypernetwork(grid, spec, config.hypernetwork, *means)
+    sizes = describe(network)
+    loss = 0.0
+    for pair in grid.pairs():
+        seen = search.batch * (towers[pair.vision].tokens or 0)
+        loss += 4.0 * llms[pair.text].parameters * (seen + search.batch * TYPICAL_TEXT)
+        loss += flops.connector_step_flops(spec, grid.shape(pair.index), seen)
+    sampler = PairSampler(
+        tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0, [pair.text for pair in grid.pairs()]
+    )
+    share = 1.0 if search.sampler == "fair" else 1 / sampler.visits_per_round
+    hyma = search.steps * share * (loss + flops.hypernetwork_step_flops(network, range(len(grid))))
+    seen_rows = search.steps * share * search.batch
+    epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
+    say(
+        f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all projectors "
+        f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
+    )
+    say(
+        f"  hyma: batch {search.batch}, {search.steps} steps, {seen_rows:.0f} samples per pair{epochs}, about "
+        f"{hyma / 1e12:.0f} TFLOP a seed; grid: {search.grid_steps} steps, about {search.grid_steps * loss / 1e12:.0f} "
+        f"TFLOP a seed; seeds {search.seeds}; methods {', '.join(search.methods)}"
+    )

@@ -1,0 +1,265 @@
+"""The causal task on tiny random LLMs: stacked against plain transformers one by one, values and gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hyma_mllm import connectors
+from hyma_mllm.connectors import ConnectorSpec
+from hyma_mllm.data.prompts import IGNORE, Prompter
+from hyma_mllm.data.rows import Row
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.objectives.causal_lm import CausalConfig, CausalObjective
+from hyma_mllm.pairs import PairGrid
+from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.bank import ConnectorBank
+from hyma_mllm.search.interrupt import StopRequest
+from hyma_mllm.search.methods import Search, SearchConfig
+from hyma_mllm.search.mllm_parts import Reader, Tower, facts_of
+from hyma_mllm.search.mllm_prepare import encode_rows
+from hyma_mllm.search.mllm_score import score_answers
+from hyma_mllm.search.mllm_task import MLLMTask
+from hyma_mllm.search.optimiser import OptimiserConfig
+from hyma_mllm.zoo.cards import ModelCard
+from hyma_mllm.zoo.llm import LanguageModel
+
+SPEC = ConnectorSpec.named("mlp1", hidden=0, activation="gelu")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<end>")
+WORDS = (
+    "Question",
+    "Answer",
+    ":",
+    "What",
+    "this?",
+    "a",
+    "small",
+    "kite",
+    "is",
+    "it",
+    "red",
+    "blue",
+    "round",
+    "square",
+    "what",
+    "colour",
+    "shape",
+    "?",
+)
+TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}Question : {{ m.content }} {% else %}"
+    "Answer : {{ m.content }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}Answer : {% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.add_special_tokens(list(SPECIAL))
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    )
+    found.chat_template = TEMPLATE
+    return found
+
+
+def llm(name: str, width: int, seed: int) -> LanguageModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=width, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=4,
+        pad_token_id=0,
+    )  # fmt: skip
+    card = ModelCard(name, "llm", "here", "0", width, 1, "none")
+    return LanguageModel(card, LlamaForCausalLM(config).double(), tokenizer())
+
+
+def make_task(questions: int = 48, double: bool = True) -> MLLMTask:
+    """Three towers (two widths, two token counts) and two LLMs; the colour of a picture is its first channel."""
+    draw = torch.Generator().manual_seed(5)
+    colour = torch.randint(0, 2, (12,), generator=draw)
+    towers = []
+    for count, width in ((4, 6), (2, 6), (3, 8)):
+        tokens = torch.randn(12, count, width, generator=draw, dtype=torch.float64)
+        tokens[..., 0] = 3.0 * (2 * colour[:, None] - 1)
+        tokens = tokens if double else tokens.float()
+        towers.append(Tower(tokens, count, tokens.mean((0, 1)), tokens.std((0, 1))))
+    picture = torch.arange(questions) % 12
+    rows = [
+        Row(f"q{number}", Path("x.png"), (), "c", question="what colour ?" if number % 3 else "what is it colour ?",
+            answers=("red" if colour[number % 12] else "blue",) * 10, question_type="colour")
+        for number in range(questions)
+    ]  # fmt: skip
+    readers = {}
+    for number, (name, width, seed) in enumerate((("a", 12, 1), ("b", 16, 2))):
+        model = llm(name, width, seed)
+        if not double:
+            model.model.float()
+        prompter = Prompter(model.tokenizer, name, 64, 4)
+        encoded = encode_rows(prompter, rows, name)
+        readers[number] = Reader(model, prompter, model.prefix(torch.tensor(prompter.before)), encoded)
+    grid = PairGrid(("t0", "t1", "t2"), (6, 6, 8), ("a", "b"), (12, 16), "vision_to_text")
+    split = torch.arange(questions).split([questions - 24, 12, 12])
+    facts = [facts_of(readers[number], range(questions - 24)) for number in (0, 1)]
+    parts = (split[0], split[1], {"held out": split[2]}, 5, 4)
+    return MLLMTask(
+        grid, towers, readers, facts, rows, picture, *parts, open_reader=readers.__getitem__, scorer=score_answers
+    )
+
+
+def bank(task: MLLMTask) -> ConnectorBank:
+    return ConnectorBank(task.grid, SPEC, 3).double()
+
+
+def plain_loss(task: MLLMTask, index: int, params: dict[str, Tensor], questions: list[int]) -> Tensor:
+    """transformers' own loss over right-padded whole sequences, no prefix kept, no stacking."""
+    pair = task.grid.pair(index)
+    reader, tower = task.readers[pair.text], task.towers[pair.vision]
+    scale = task.scales(SPEC)[index]
+    sequences, labels = [], []
+    for row in questions:
+        tokens = tower.read(task.picture[torch.tensor([row])])
+        image = scale * connectors.apply(SPEC, params, tokens[None])[0, 0]
+        encoded = reader.encoded[row]
+        before = reader.model.embed(torch.tensor(reader.prompter.before))
+        sequences.append(torch.cat([before, image, reader.model.embed(torch.tensor(encoded.after))]))
+        labels.append(torch.tensor([IGNORE] * (len(before) + len(image)) + list(encoded.labels)))
+    embeddings = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s)) for s in sequences], batch_first=True).long()
+    # transformers takes the cross-entropy in float32, so here it is taken from the logits.
+    logits = reader.model.model(inputs_embeds=embeddings, attention_mask=mask).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), padded[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("members", [[0, 2, 4], [5, 1], [3]])
+def test_stacked_losses_are_those_of_plain_models_one_by_one(members: list[int]) -> None:
+    task = make_task()
+    source, plain = bank(task), bank(task)
+    questions = [1, 0, 14, 9]
+    batch = task.batch(torch.tensor(questions), 0, 0)
+    losses = task.losses(source(members), SPEC, CausalObjective(CausalConfig(vocabulary_chunk=7)), batch)
+    wanted = []
+    for index in members:
+        (group,) = plain([index])
+        wanted.append(plain_loss(task, index, group.params, questions))
+    torch.testing.assert_close(losses.double(), torch.stack(wanted), rtol=1e-6, atol=1e-6)
+    weights = torch.arange(1.0, 1 + len(members)).double()
+    (losses.double() * weights).sum().backward()
+    (torch.stack(wanted) * weights).sum().backward()
+    for one, other in zip(source.parameters(), plain.parameters(), strict=True):
+        if other.grad is None:
+            assert one.grad is None
+        else:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_shares_of_two_processes_mean_the_loss_of_the_whole_batch() -> None:
+    task = make_task()
+    groups, objective = bank(task)([0, 2]), CausalObjective(CausalConfig())
+    rows = list(task.rows)
+    rows[2] = Row("q2", Path("x.png"), (), "c", question="what ?", answers=("red round square",) * 10)
+    task.readers[0].encoded = encode_rows(task.readers[0].prompter, rows, "a")
+    batch = task.batch(torch.tensor([0, 1, 2, 3]), 0, 0)
+    whole = task.losses(groups, SPEC, objective, batch)
+    parts = [task.losses(groups, SPEC, objective, task.share(batch, part)) for part in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_visit_of_two_llms_is_refused() -> None:
+    task = make_task()
+    with pytest.raises(ValueError, match="share one LLM"):
+        task.losses(bank(task)([0, 1]), SPEC, CausalObjective(CausalConfig()), task.batch(torch.tensor([0]), 0, 0))
+
+
+def test_a_match_is_what_greedy_decoding_writes() -> None:
+    task = make_task()
+    source = bank(task)
+    questions = task.validation
+    for llm_number in (0, 1):
+        members = [pair.index for pair in task.grid.pairs() if pair.text == llm_number]
+        said = task.answers(source(members), SPEC, questions)
+        found = task._matches(source(members), SPEC, questions)
+        for answers, (match, _) in zip(said, found, strict=True):
+            right = [
+                answer == task.rows[row].answers[0] for answer, row in zip(answers, questions.tolist(), strict=True)
+            ]
+            assert match == pytest.approx(sum(right) / len(right))
+
+
+def test_answers_do_not_depend_on_who_shares_the_batch() -> None:
+    task = make_task()
+    source = bank(task)
+    together = task.answers(source([1, 3, 5]), SPEC, task.tests["held out"])
+    task.chunk = 1
+    alone = [task.answers(source([index]), SPEC, task.tests["held out"])[0] for index in (1, 3, 5)]
+    assert together == alone
+
+
+def test_evaluation_names_every_set_and_its_blind_baseline() -> None:
+    task = make_task()
+    found = task.evaluate(bank(task), SPEC)
+    assert list(found.scores) == ["held out"]
+    assert {"validation held out", "validation loss", "blind validation loss", "blind held out"} <= set(found.details)
+    assert all(len(values) == 6 for values in (found.scores | found.details).values())
+    assert found.details["blind held out"][0::2] == [found.details["blind held out"][0]] * 3
+    assert found.flops > 0
+
+
+def test_scaled_outputs_are_as_long_as_the_llms_own_embeddings() -> None:
+    task = make_task()
+    for pair in task.grid.pairs():
+        fresh = connectors.initial(SPEC, task.grid.shape(pair.index), 1, torch.Generator().manual_seed(99))
+        params = {name: value.double() for name, value in fresh.items()}
+        tokens = task.towers[pair.vision].read(task.picture[task.train])
+        rms = task.scales(SPEC)[pair.index] * connectors.apply(SPEC, params, tokens[None]).square().mean().sqrt()
+        assert float(rms) == pytest.approx(task.facts[pair.text].embedding_rms, rel=0.5)
+
+
+def test_counted_flops_are_torchs() -> None:
+    task = make_task(double=False)
+    rows = [row for row in task.train.tolist() if row % 3]  # of one length, so that nothing is padded
+    task.train = torch.tensor(rows)
+    task.facts = [facts_of(task.readers[number], rows) for number in (0, 1)]
+    members = [0, 2, 4]
+    task.towers = [task.towers[0], task.towers[0], Tower(*_as_long(task))]
+    source = ConnectorBank(task.grid, SPEC, 3)
+    task.scales(SPEC)
+    batch = task.batch(task.train[:6], 0, 0)
+    with FlopCounterMode(display=False) as counter:
+        task.losses(source(members), SPEC, CausalObjective(CausalConfig()), batch).sum().backward()
+    assert task.visit_flops(SPEC, members, 6) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def _as_long(task: MLLMTask) -> tuple[Tensor, int, Tensor, Tensor]:
+    tower = task.towers[2]
+    return torch.cat([tower.tokens[torch.arange(12)]] * 2, 1)[:, :4], 4, tower.mean, tower.spread
+
+
+def test_a_search_learns_to_tell_the_colours(tmp_path: Path, accelerator: Accelerator) -> None:
+    task = make_task(double=False)
+    fast = OptimiserConfig(lr=2e-2)
+    config = SearchConfig(
+        methods=["hyma", "grid", "constrained-grid", "random"], connectors=["mlp1"], hidden=0, activation="gelu",
+        seeds=[0], steps=30, grid_steps=30, batch=8, optimiser=fast, rival_optimiser=fast, evaluate_every=10,
+        checkpoint_every=10,
+    )  # fmt: skip
+    run = RunDirectory(tmp_path / "run", {})
+    search = Search(
+        config, HypernetworkConfig(trunk=[16, 16]), lambda: CausalObjective(CausalConfig()), task, *task.means(),
+        accelerator, run, StopRequest(),
+    )  # fmt: skip
+    before = task.validate(search.network("hyma", SPEC, 0), SPEC).details["validation loss"]
+    found = search.run_method("hyma", "mlp1", 0, None)
+    after = found.ranking.details["validation loss"]
+    assert all(late < early - 0.3 for late, early in zip(after, before, strict=True))
+    assert all(0 <= score <= 100 for score in found.ranking.scores["held out"])
+    grid = search.run_method("grid", "mlp1", 0, found.ledger)
+    assert grid.ledger.phases["training"].flops > found.ledger.phases["training"].flops * 0.5
+    run.close()
