@@ -7,8 +7,9 @@ connectors, AdamW.
 
 - `search`: `MLLMTask.losses` over a `ConnectorBank`, as a search and its grid run it: vision tokens from the
   store, the prefix from its cache, the 3 towers stacked, logits in chunks and of answer tokens only.
-- `search, tower by tower`: the same with one pair a visit (`search.pairs_per_visit 1`), which holds one pair's
-  activations at a time: what a user with little memory sets, and what the memory target is judged on.
+- `search, small`: the same with one pair a visit (`search.pairs_per_visit 1`), which holds one pair's activations at a
+  time, and with weights kept in 16 bits (`llm.quantisation bf16`, exact): what a user with little memory sets, and what
+  the memory target is judged on.
 - `llava`: the exported model of each pair (`LlavaForConditionalGeneration`, or `FastVlmForConditionalGeneration` for
   CNN towers) from pixels through tower, projector and LLM to full logits. The 3 models share one LLM in memory, and
   nothing is charged for decoding pictures.
@@ -26,6 +27,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,7 +57,7 @@ from hyma_mllm.search.placement import Placement
 from hyma_mllm.stitched.mllm import StitchedMLLM
 from hyma_mllm.stitched.mllm_config import MLLMConfig
 from hyma_mllm.zoo.cards import ModelCard
-from hyma_mllm.zoo.llm import LLM_CARDS, LanguageModel, check_terms, llm_card, llm_on_disk, load_llm
+from hyma_mllm.zoo.llm import LLM_CARDS, LanguageModel, Quantisation, check_terms, llm_card, llm_on_disk, load_llm
 from hyma_mllm.zoo.vision_tokens import DEFAULT_TOWER_IDS, VisionTower, load_tower, tower_card
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
@@ -69,7 +71,8 @@ LARGE_VOCABULARY = 262_144
 LEAST_MEMORY_RATIO = 2.0
 """For LLMs of the large vocabulary."""
 SAME_LOSS = 1e-3
-VARIANTS = ("search", "search, tower by tower", "llava", "llava, no tower")
+SMALL = "search, small"
+VARIANTS = ("search", SMALL, "llava", "llava, no tower")
 Step = Callable[[], list[float]]
 """One optimiser step of all pairs; gives their losses before it."""
 
@@ -89,12 +92,13 @@ class Case:
     batch: int
 
 
-def loaded(card: ModelCard) -> LanguageModel:
-    """The LLM in float32; terms were checked before any case began."""
-    return load_llm(card, dtype=torch.float32, accepted_terms=[card.terms] if card.terms else [])
+def loaded(card: ModelCard, quantisation: Quantisation) -> LanguageModel:
+    """The LLM, computing in float32; terms were checked before any case began."""
+    terms = [card.terms] if card.terms else []
+    return load_llm(card, dtype=torch.float32, quantisation=quantisation, accepted_terms=terms)
 
 
-def task_of(llm: str) -> MLLMTask:
+def task_of(llm: str, quantisation: Quantisation = "none") -> MLLMTask:
     """The search's task: balanced training questions of easy-VQA, the default towers, one LLM."""
     rows = balanced(open_questions("questions:easy-vqa").parts["train"], QUESTIONS)
     # Nothing is scored here, but a task has questions to score.
@@ -103,7 +107,16 @@ def task_of(llm: str) -> MLLMTask:
     # In float32, so that tower and store say the same; 16 bits, the default, move the losses by 5e-4.
     library = TokenLibrary(TokenConfig(storage_dtype="fp32"))
     return prepare_mllm(
-        towers, [llm_card(llm)], loaded, Placement(), questions, library, score_answers, 512, chunk=32, longest_answer=8
+        towers,
+        [llm_card(llm)],
+        partial(loaded, quantisation=quantisation),
+        Placement(),
+        questions,
+        library,
+        score_answers,
+        512,
+        chunk=32,
+        longest_answer=8,
     )
 
 
@@ -231,7 +244,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
     """Best step time, peak bytes in all and above what was there before a step, first losses; in this process."""
     torch.manual_seed(0)
     before = measure.start_of_peak("cpu")
-    task = task_of(case.llm)
+    task = task_of(case.llm, "bf16" if case.variant == SMALL else "none")
     vocabulary = task.readers[0].model.vocabulary
     step = step_of(case, task)
     del task  # the plain loop needs it no more
@@ -265,7 +278,7 @@ def compare(llm: str, batch: int, rounds: int, seconds: float, bar: "tqdm[NoRetu
     whole = compared(cases["search"], cases["llava"], found)
     whole["least_speedup"] = LEAST_SPEEDUP
     whole["met"] = whole["same_loss"] and whole["speedup"] >= LEAST_SPEEDUP
-    slim = compared(cases["search, tower by tower"], cases["llava"], found)
+    slim = compared(cases[SMALL], cases["llava"], found)
     if found["search"]["vocabulary"] >= LARGE_VOCABULARY:
         slim["least_memory_ratio"] = LEAST_MEMORY_RATIO
         slim["met"] = slim["same_loss"] and slim["memory_ratio"] >= LEAST_MEMORY_RATIO

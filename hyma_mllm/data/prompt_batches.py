@@ -24,6 +24,11 @@ class Encoded:
     labels: tuple[int, ...]
     cut: int
 
+    @property
+    def passed(self) -> int:
+        """Tokens in front of the last label; what follows predicts nothing, and training leaves it out."""
+        return max(position for position, label in enumerate(self.labels) if label != IGNORE)
+
 
 @dataclass
 class TextBatch:
@@ -76,3 +81,35 @@ def collate_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
         ids[number, length - len(row) :] = torch.tensor(row)
         mask[number, length - len(row) :] = True
     return ids, mask
+
+
+PASS_TOKENS = 64
+"""What a pass through an LLM costs before its first token: reading the weights once takes as long as so many tokens."""
+
+
+def by_length(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[int]]:
+    """Positions of rows, cut into batches of like length so that padding and passes together cost least.
+
+    Exact, by dynamic programming over the rows in order of length: a batch costs its rows times its longest, and
+    `pass_tokens`.
+
+    Args:
+        lengths: tokens of each row, at least one row.
+        pass_tokens: cost of a batch, in tokens.
+
+    Returns:
+        Every position once; shorter rows first, equal ones in their own order.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    least, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        costs = [least[start] + longest * (end - start) + pass_tokens for start in range(end)]
+        start = min(range(end), key=costs.__getitem__)
+        least.append(costs[start])
+        starts.append(start)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[starts[end] : end])
+        end = starts[end]
+    return parts[::-1]

@@ -83,7 +83,8 @@ class LLMFacts:
         attention_width: layers times the width of all heads.
         head_weights: vocabulary times width.
         before: tokens in front of the picture.
-        text, supervised: tokens of a row behind the picture, and those that are learnt; means over training rows.
+        text, supervised: tokens of a row behind the picture up to its last label, and those that are learnt; means over
+            training rows.
     """
 
     embedding_rms: float
@@ -105,14 +106,14 @@ def facts_of(reader: Reader, train: Iterable[int]) -> LLMFacts:
     rows = [reader.encoded[row] for row in train]
     return LLMFacts(
         embedding_rms=reader.model.embedding_rms,
-        mean_embedding=model.get_input_embeddings().weight.detach().float().mean(0).cpu(),
+        mean_embedding=model.get_input_embeddings().weight.detach().mean(0, dtype=torch.float32).cpu(),
         body_weights=sum(layer.in_features * layer.out_features for layer in layers),
         attention_width=config.num_hidden_layers
         * heads
         * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         head_weights=reader.model.vocabulary * reader.model.width,
         before=len(reader.prompter.before),
-        text=fmean(len(row.after) for row in rows),
+        text=fmean(row.passed for row in rows),
         supervised=fmean(sum(label != IGNORE for label in row.labels) for row in rows),
     )
 

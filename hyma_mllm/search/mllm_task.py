@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorGroup, ConnectorSpec
+from hyma_mllm.data.prompt_batches import PASS_TOKENS, by_length
 from hyma_mllm.data.prompts import IGNORE, TextBatch
 from hyma_mllm.data.question_sets import asked
 from hyma_mllm.data.rows import Row
@@ -80,17 +81,23 @@ class MLLMTask:
     ) -> Tensor:
         """Loss of each pair, [pairs] in the order the pairs were asked for, float32: the mean over answer tokens.
 
+        Questions of like length go through the LLM together, which changes no value.
         Across processes the mean of the shares' losses is the whole batch's: each is weighted by its answer tokens.
         """
         reader = self.readers[self._llm_of(groups)]
-        text = reader.texts(batch.questions.tolist())
-        hidden, labels = self._hidden(groups, spec, batch.questions, text)
-        found: Tensor = objective(hidden, labels, reader.model.head())
+        rows = batch.questions.tolist()
+        sums, own = torch.zeros(()), 0
+        pairs = sum(len(group.pairs) for group in groups)
+        for part in by_length([reader.encoded[row].passed for row in rows], PASS_TOKENS // pairs):
+            questions = batch.questions[torch.tensor(part)]
+            text = reader.texts(questions.tolist())
+            count = int((text.labels != IGNORE).sum())
+            sums = sums + objective(*self._hidden(groups, spec, questions, text), reader.model.head()) * count
+            own += count
         if len(batch.whole) == len(batch.questions):
-            return found
-        own = int((text.labels != IGNORE).sum())
+            return sums / own
         whole = sum(sum(label != IGNORE for label in reader.encoded[row].labels) for row in batch.whole.tolist())
-        return found * (own * len(batch.whole) / (len(batch.questions) * whole))
+        return sums * (len(batch.whole) / (len(batch.questions) * whole))
 
     def _llm_of(self, groups: Sequence[ConnectorGroup]) -> int:
         found = {self.grid.pair(int(index)).text for group in groups for index in group.pairs}
@@ -101,25 +108,27 @@ class MLLMTask:
     def _hidden(
         self, groups: list[ConnectorGroup], spec: ConnectorSpec, questions: Tensor, text: TextBatch
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of the text tokens [pairs, batch, length, width], and their labels [batch, length].
+        """Hidden states of the text tokens [pairs, batch, length - 1, width], and their labels [batch, length].
 
-        A state predicts the label behind it. No text begins with an answer, so the picture's own states predict none.
+        A state predicts the label behind it. No text begins with an answer, so the picture's own states predict none;
+        and the last label of the batch, with what stands behind it, is never read.
         """
         reader = self.readers[self._llm_of(groups)]
         seen, seen_mask = self.seen(groups, spec, self.picture[questions])
         pairs, batch, longest, width = seen.shape
         device = seen.device
-        words = reader.model.embed(text.after.to(device))
+        length = 1 + int((text.labels != IGNORE).any(0).nonzero().max())
+        words = reader.model.embed(text.after[:, : length - 1].to(device))
         embeddings = torch.cat([seen.to(words.dtype), words.expand(pairs, -1, -1, -1)], 2).flatten(0, 1)
         mask = torch.cat(
             [
                 seen_mask[:, None].expand(-1, batch, -1),
-                text.mask.to(device).expand(pairs, -1, -1),
+                text.mask[:, : length - 1].to(device).expand(pairs, -1, -1),
             ],
             2,
         ).flatten(0, 1)
         hidden = reader.model.hidden(embeddings, mask, reader.prefix)
-        return hidden.view(pairs, batch, -1, width)[:, :, longest:], text.labels.to(device)
+        return hidden.view(pairs, batch, -1, width)[:, :, longest:], text.labels[:, :length].to(device)
 
     def seen(self, groups: list[ConnectorGroup], spec: ConnectorSpec, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures in the LLM's input space.
@@ -198,7 +207,7 @@ class MLLMTask:
         right, loss, tokens = torch.zeros(()), torch.zeros(()), 0
         for part in torch.split(questions, self.chunk):
             hidden, labels = self._hidden(groups, spec, part, reader.texts(part.tolist()))
-            hidden, labels = hidden[:, :, :-1], labels[:, 1:]
+            labels = labels[:, 1:]
             supervised = labels != IGNORE
             targets = labels[supervised]
             rows = torch.arange(len(part), device=labels.device)[:, None].expand_as(labels)[supervised]

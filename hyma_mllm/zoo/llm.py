@@ -18,6 +18,7 @@ from hyma_mllm.zoo.llm_gguf import convert_gguf, gguf_card, gguf_folder
 from hyma_mllm.zoo.llm_model import Head, LanguageModel
 from hyma_mllm.zoo.llm_prefix import Prefix
 from hyma_mllm.zoo.llm_quantise import close_repacking, quantisation_config
+from hyma_mllm.zoo.llm_widen import narrow
 from hyma_mllm.zoo.packaged_llm import LLM_CARDS, convert_packaged_llm, packaged_llm_folder
 from hyma_mllm.zoo.text_places import TextPlace, find_place
 
@@ -36,7 +37,7 @@ __all__ = [
 
 logger = logging.getLogger("hyma_mllm")
 
-Quantisation = Literal["none", "int8", "nf4"]
+Quantisation = Literal["none", "bf16", "int8", "nf4"]
 DEFAULT_LLM_IDS = ("smollm2-135m", "qwen2.5-coder-0.5b")
 
 SCHEMES = ("hf", "gguf")
@@ -128,7 +129,8 @@ def load_llm(
         card: what `llm_card` takes, or its answer.
         device: where it computes.
         dtype: of its weights and of what it returns.
-        quantisation: `int8` or `nf4` keep its linear layers in 8 or 4 bits by bitsandbytes, computing in `dtype`.
+        quantisation: `int8` or `nf4` keep its linear layers in 8 or 4 bits by bitsandbytes, `bf16` keeps them and the
+            embeddings in 16 bits; all compute in `dtype`. `bf16` is exact for an LLM that was published in it.
         accepted_terms: names of terms that the user accepts, e.g. `gemma`.
         checkpointing: recompute each layer in the backward pass instead of keeping its activations.
 
@@ -138,7 +140,7 @@ def load_llm(
     card = llm_card(card) if isinstance(card, str) else card
     check_terms(card, accepted_terms)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if quantisation != "none":
+    if quantisation in ("int8", "nf4"):
         options |= {"quantization_config": quantisation_config(quantisation, dtype), "device_map": {"": str(device)}}
     folder = _folder(card)
     tokenizer = load_tokenizer(card, accepted_terms)
@@ -146,7 +148,9 @@ def load_llm(
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unreadable(card, folder, error) from error
-    model = close_repacking(model) if quantisation != "none" else model.to(device)
+    model = model.to(device) if quantisation in ("none", "bf16") else close_repacking(model)
+    if quantisation == "bf16":
+        model = narrow(model)
     llm = LanguageModel(card, model, tokenizer, checkpointing)
     if llm.width != card.width:
         raise HymaError(f"{card.id} takes embeddings of width {llm.width} but its card says {card.width}.")

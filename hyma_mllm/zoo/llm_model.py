@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hyma_mllm.errors import HymaError
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.llm_prefix import Prefix, compact, growing, keep_rows, push_right
+from hyma_mllm.zoo.llm_widen import linear
 
 # Placeholders of pictures, which have no meaning in written text; a base Gemma likes to write the first.
 NEVER_WRITTEN = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., vocabulary] in float32 of hidden states [..., width]."""
         head = self.head()
-        logits = head.scale * F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        logits = head.scale * linear(hidden, head.weight, head.bias).float()
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     @torch.no_grad()

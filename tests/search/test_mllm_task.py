@@ -1,6 +1,7 @@
 """The causal task on tiny random LLMs: stacked against plain transformers one by one, values and gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hyma_mllm.hypernetwork.presets import HypernetworkConfig
 from hyma_mllm.objectives.causal_lm import CausalConfig, CausalObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search import mllm_task
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.methods import Search, SearchConfig
@@ -158,6 +160,31 @@ def test_stacked_losses_are_those_of_plain_models_one_by_one(members: list[int])
             assert one.grad is None
         else:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_passes_by_length_change_neither_losses_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    batch = task.batch(torch.arange(9), 0, 0)
+    passes: list[int] = []
+    plain = LanguageModel.hidden
+
+    def counted(model: LanguageModel, embeddings: Tensor, *rest: Any) -> Tensor:
+        passes.append(len(embeddings))
+        return plain(model, embeddings, *rest)
+
+    monkeypatch.setattr(LanguageModel, "hidden", counted)
+    found = []
+    for tokens in (10_000, 0):
+        monkeypatch.setattr(mllm_task, "PASS_TOKENS", tokens)
+        source = bank(task)
+        losses = task.losses(source([0, 2, 4]), SPEC, CausalObjective(), batch)
+        losses.sum().backward()
+        found.append([losses.detach(), *(value.grad for value in source.parameters() if value.grad is not None)])
+    assert passes[0] == 27
+    assert len(passes) > 2
+    assert sum(passes) == 54
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_the_shares_of_two_processes_mean_the_loss_of_the_whole_batch() -> None:
