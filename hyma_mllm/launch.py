@@ -41,13 +41,19 @@ C = TypeVar("C")
 R = TypeVar("R", bound=RecipeConfig)
 
 
-def parse(kind: type[C], default: Path, shortcuts: Mapping[str, str] | None = None) -> tuple[C, bool]:
+def parse(
+    kind: type[C],
+    default: Path,
+    shortcuts: Mapping[str, str] | None = None,
+    arguments: Sequence[str] | None = None,
+) -> tuple[C, bool]:
     """Read the command line: (configuration, dry run?).
 
     Args:
         kind: dataclass of the configuration.
         default: YAML whose values hold where the command line says nothing.
         shortcuts: option, e.g. `accept-terms` -> list of the configuration that its values are added to.
+        arguments: what to read in place of the command line.
     """
     parser = jsonargparse.ArgumentParser(
         description=(kind.__doc__ or "").splitlines()[0], default_config_files=[str(default)]
@@ -57,7 +63,7 @@ def parse(kind: type[C], default: Path, shortcuts: Mapping[str, str] | None = No
     parser.add_class_arguments(kind)
     for short, target in (shortcuts or {}).items():
         parser.add_argument(f"--{short}", type=str, nargs="+", default=[], help=f"add to {target}, e.g. gemma")
-    read = parser.parse_args()
+    read = parser.parse_args(arguments)
     for short, target in (shortcuts or {}).items():
         read[target] = [*read[target], *read.pop(short.replace("-", "_"))]
     found = parser.instantiate_classes(read)
