@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hyma_mllm needs Python 3.11 or newer; set PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[zoo,quant,trackers,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[zoo,quant,trackers,rivals,dev]"
 	touch $@
 
 vlm: install

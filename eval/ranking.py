@@ -80,7 +80,7 @@ def ranking(
 
 
 def read(path: Path, connector: str, task: str) -> Scored:
-    """The scores in a run directory, a ranking.json or a csv.
+    """What the rankings in a run directory, a ranking.json or a csv order the pairs by.
 
     Raises:
         HymaError: when the file is missing or broken, or lacks the connector or the task.
@@ -94,7 +94,7 @@ def read(path: Path, connector: str, task: str) -> Scored:
     methods = {
         method: [dict(zip(result.pairs, scores, strict=True)) for scores in seeds]
         for method in result.methods
-        if (seeds := result.scores(method, connector, task))
+        if (seeds := result.ranks_by(method, connector, task))
     }
     return Scored(path, methods, result.oracle)
 

@@ -105,7 +105,7 @@ def export_pair(
         run: the run directory, of recipes/vlm.py or recipes/mllm.py.
         pair: `image encoder,text encoder` or `tower,LLM`; the best on validation if left out.
         connector: family of connectors; the pair's best if left out.
-        method: whose connectors, `hyma` or `grid`.
+        method: whose connectors, `hyma`, `grid` or another whose connectors the run keeps.
         to: directory to write; `exports/<pair>` in the run directory if left out.
     """
     from hyma_mllm import export, mllm_export

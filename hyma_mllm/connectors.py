@@ -209,6 +209,21 @@ def stack(states: Sequence[Mapping[str, Tensor]]) -> ConnectorParams:
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
+def check_state(spec: ConnectorSpec, shape: tuple[int, int], state: Mapping[str, Tensor]) -> None:
+    """Refuse a plain state dict that is no connector of this family and shape.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer in spec.layers(*shape):
+        wanted[f"{layer.index}.weight"] = (layer.fan_out, layer.fan_in)
+        wanted[f"{layer.index}.bias"] = (layer.fan_out,)
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found != wanted:
+        raise ValueError(f"a {spec.name} connector from {shape[0]} to {shape[1]} has {wanted}, not {found}")
+
+
 def folded(state: Mapping[str, Tensor], mean: Tensor, spread: Tensor, scale: float) -> dict[str, Tensor]:
     """The plain state dict that maps raw inputs as `state` maps standardised ones, its output times `scale`.
 

@@ -46,16 +46,14 @@ def best_unit(result: SearchResult, method: str = "hyma") -> tuple[Ranking, int]
     """The ranking and the pair to hand over, chosen on the validation split; of the seed whose connectors are kept.
 
     Raises:
-        HymaError: the run has no ranking by this method.
+        HymaError: the run has no ranking by this method, or the method makes no connectors.
     """
     mine = [ranking for ranking in result.rankings if ranking.method == method]
     if not mine:
         raise HymaError(f"The run has no ranking by {method}; {near_names(method, result.methods)}")
     first = [ranking for ranking in mine if ranking.seed == mine[0].seed]
     scored = [
-        (value, ranking, pair)
-        for ranking in first
-        for pair, value in enumerate(ranking.details[f"validation {result.tasks[0]}"])
+        (value, ranking, pair) for ranking in first for pair, value in enumerate(ranking.hand_over_by(result.tasks[0]))
     ]
     _, ranking, pair = max(scored, key=lambda entry: entry[0])
     return ranking, pair
@@ -68,7 +66,7 @@ def stitch(run: Path, pair: str | None = None, connector: str | None = None, met
         run: the run directory.
         pair: `image id,text id`; None takes the best on validation.
         connector: family; None takes the family in which the pair does best on validation.
-        method: whose connectors: `hyma` or `grid`.
+        method: whose connectors: `hyma`, `grid` or another whose connectors the run keeps.
 
     Raises:
         HymaError: no such run, pair, family or method.
@@ -107,7 +105,7 @@ def chosen_unit(
         candidates = [r for r in candidates if r.connector == connector]
         if not candidates:
             raise HymaError(f"The run {run} has no {connector} {what}; {near_names(connector, result.connectors)}")
-    return max(candidates, key=lambda r: r.details[f"validation {result.tasks[0]}"][index]), index
+    return max(candidates, key=lambda r: r.hand_over_by(result.tasks[0])[index]), index
 
 
 def grid_of(result: SearchResult) -> PairGrid:

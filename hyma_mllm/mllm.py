@@ -275,6 +275,16 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
         seen = search.batch * (towers[pair.vision].tokens or 0)
         loss += 4.0 * llms[pair.text].parameters * (seen + search.batch * TYPICAL_TEXT)
         loss += flops.connector_step_flops(spec, grid.shape(pair.index), seen)
+    say(
+        f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all projectors "
+        f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
+    )
+    if search.budget.given:
+        say(
+            f"  every method: batch {search.batch}, {search.budget} a seed; a fair step of a grid takes about "
+            f"{loss / 1e12:.2f} TFLOP; seeds {search.seeds}; methods {', '.join(search.methods)}"
+        )
+        return
     sampler = PairSampler(
         tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0, [pair.text for pair in grid.pairs()]
     )
@@ -282,10 +292,6 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
     hyma = search.steps * share * (loss + flops.hypernetwork_step_flops(network, range(len(grid))))
     seen_rows = search.steps * share * search.batch
     epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
-    say(
-        f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all projectors "
-        f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
-    )
     say(
         f"  hyma: batch {search.batch}, {search.steps} steps, {seen_rows:.0f} samples per pair{epochs}, about "
         f"{hyma / 1e12:.0f} TFLOP a seed; grid: {search.grid_steps} steps, about {search.grid_steps * loss / 1e12:.0f} "

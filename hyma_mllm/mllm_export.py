@@ -49,7 +49,7 @@ def stitch(
         run: the run directory.
         pair: `tower id,LLM id`; None takes the best on validation.
         connector: family; None takes the family in which the pair does best on validation.
-        method: whose projectors: `hyma` or `grid`.
+        method: whose projectors: `hyma`, `grid` or another whose connectors the run keeps.
         models: LLMs that are loaded already; others, and those of a quantised run, are loaded in the run's precision.
 
     Raises:

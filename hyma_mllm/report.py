@@ -117,11 +117,11 @@ def summary_table(result: SearchResult, ledgers: Sequence[Ledger]) -> Table:
         for connector in result.connectors:
             heading = f"{task}, {connector}"
             for method in result.methods:
-                if scores := result.mean_scores(method, connector, task):
+                if ranks := result.ranks_by(method, connector, task):
                     agreement = result.agreement(method, connector, task)
                     table.add_row(
                         *(escape(heading), f"{method} (ceiling)" if method == result.oracle else method),
-                        *_best(result, method, scores),
+                        *_best(result, method, np.mean(ranks, axis=0), result.mean_scores(method, connector, task)),
                         *(format_interval(agreement.get(metric), 2) for metric in ("spearman", "ndcg@5", "regret")),
                         *_bill(bills.get((method, connector))),
                     )
@@ -152,8 +152,11 @@ def heat_map(result: SearchResult, path: Path, task: str | None = None, connecto
 
 
 def main_method(result: SearchResult, connector: str) -> str | None:
-    """The method that a table is ordered by: hyma if it ran, else the first other than the oracle, else the oracle."""
-    ran = {ranking.method for ranking in result.rankings if ranking.connector == connector}
+    """The method that a table is ordered by: hyma if it ran, else the first other than the oracle, else the oracle.
+
+    Methods without scores of their own are passed over.
+    """
+    ran = {ranking.method for ranking in result.rankings if ranking.connector == connector and ranking.scores}
     order = sorted(result.methods, key=lambda name: name != "hyma")
     return next((method for method in order if method in ran and method != "random"), None)
 
@@ -215,11 +218,11 @@ def format_bytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def _best(result: SearchResult, method: str, scores: Sequence[float]) -> tuple[str, str]:
+def _best(result: SearchResult, method: str, ranks: np.ndarray[Any, Any], scores: Sequence[float]) -> tuple[str, str]:
     if method == "random":  # each seed trains other pairs, so a mean over seeds names none
         return "another in each seed", "–"
-    best = int(np.argmax(scores))
-    return escape(" + ".join(result.pairs[best])), f"{scores[best]:.1f}"
+    best = int(np.argmax(ranks))
+    return escape(" + ".join(result.pairs[best])), f"{scores[best]:.1f}" if scores else "–"
 
 
 def _bill(row: CostRow | None) -> tuple[str, ...]:
@@ -256,14 +259,15 @@ def _section(result: SearchResult, rows: Sequence[CostRow], task: str, connector
                 f"{flops[method] / oracle_flops:.3g}" if oracle_flops and method in flops else "–",
             )
             for method in result.methods
-            if result.scores(method, connector, task)
+            if result.ranks_by(method, connector, task)
         ],
     }
 
 
 def ranked_pairs(result: SearchResult, method: str, connector: str, task: str) -> list[RankedPair]:
-    """The pairs in the order of a method's mean over seeds, each with its interval and what the oracle says of it."""
+    """The pairs in the order of a method's mean over seeds, each with its score and what the oracle says of it."""
     scores = np.asarray(result.scores(method, connector, task))
+    ranks = np.asarray(result.ranks_by(method, connector, task))
     oracle = np.asarray(result.scores(result.oracle, connector, task))
     places = _places(oracle.mean(axis=0)) if len(oracle) else {}
     return [
@@ -274,7 +278,7 @@ def ranked_pairs(result: SearchResult, method: str, connector: str, task: str) -
             oracle_place=places.get(index),
             oracle_score=interval(oracle[:, index].tolist()) if len(oracle) else None,
         )
-        for index, place in _places(scores.mean(axis=0)).items()
+        for index, place in _places(ranks.mean(axis=0)).items()
     ]
 
 

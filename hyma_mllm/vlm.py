@@ -19,13 +19,14 @@ from hyma_mllm.data.standardise import StandardiseConfig
 from hyma_mllm.data.store_directory import count_rows, store_cards
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.hypernetwork.network import Hypernetwork, describe
-from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
 from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.paths import cache_dir
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
+from hyma_mllm.search.starts import stand_ins
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.text import TEXT_CARDS, text_card, text_on_disk
 from hyma_mllm.zoo.vision import DEFAULT_IMAGE_IDS, image_card, image_on_disk
@@ -194,7 +195,8 @@ def _price_embedding(
 def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
     means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
-    network = Hypernetwork(grid, spec, config.hypernetwork, *means)
+    started = parts(config.hypernetwork, spec.depth).base == "closed_form"
+    network = Hypernetwork(grid, spec, config.hypernetwork, *means, starts=stand_ins(grid, spec) if started else None)
     sizes = describe(network)
     loss = sum(
         flops.connector_step_flops(spec, grid.shape(k), search.batch)
@@ -206,6 +208,13 @@ def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str
         f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all connectors "
         f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
     )
+    if search.budget.given:
+        step = (loss + own) / 1e9
+        say(
+            f"  every method: batch {search.batch}, {search.budget} a seed; a fair step of hyma is {step:.2f} GFLOP, "
+            f"one of the grid {loss / 1e9:.2f}; seeds {search.seeds}"
+        )
+        return
     sampler = PairSampler(tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0)
     share = 1.0 if search.sampler == "fair" else sampler.size / len(grid)
     hyma = search.steps * share * (loss + own)

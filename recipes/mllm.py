@@ -86,7 +86,7 @@ def search(config: mllm.MLLMConfig, accelerator: Accelerator, run: RunDirectory)
         )
         result.save(run.path / "ranking.json")
         save_ledgers(run.path / "ledger.json", ledgers)
-        method = "hyma" if "hyma" in result.methods else result.methods[0]
+        method = config.search.handed_over()
         models = [reader.model for reader in task.readers.values()]
         mllm_export.stitch(run.path, method=method, models=models).save_pretrained(run.path / "best")
         answered.write_answers(run, task, result, config.search, *best_unit(result, method))

@@ -19,6 +19,7 @@ from hyma_mllm.data.library import Library
 from hyma_mllm.examples import write_examples
 from hyma_mllm.objectives.contrastive import ContrastiveObjective
 from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.free import labels_of
 from hyma_mllm.search.imported import describe_imported, hand_over_imported, prepare_imported
 from hyma_mllm.search.interrupt import stop_requests
 from hyma_mllm.search.ledger import Cost, load_ledgers, save_ledgers
@@ -89,6 +90,7 @@ def search(config: vlm.VLMConfig, accelerator: Accelerator, run: RunDirectory) -
         objective = partial(ContrastiveObjective, config.objective)
         prepared.task.tiled = config.objective.tile > 0
         search = Search(config.search, config.hypernetwork, objective, prepared.task, *means, accelerator, run, stop)
+        search.labels = labels_of(prepared.rows)
         print_sizes(search, accelerator.print)
         rankings, ledgers = run_all(search, embedding)
         if not accelerator.is_main_process:
@@ -99,7 +101,7 @@ def search(config: vlm.VLMConfig, accelerator: Accelerator, run: RunDirectory) -
             case="vlm",
             vision=[{"id": card.id, "revision": card.revision, "width": card.width} for card in images],
             text=[{"id": card.id, "revision": card.revision, "width": card.width} for card in texts],
-            tasks=list(rankings[0].scores),
+            tasks=list(next(ranking.scores for ranking in rankings if ranking.scores)),
             rankings=rankings,
             config=config.resolved(),
             data=about
@@ -109,12 +111,11 @@ def search(config: vlm.VLMConfig, accelerator: Accelerator, run: RunDirectory) -
         )
         result.save(run.path / "ranking.json")
         save_ledgers(run.path / "ledger.json", ledgers)
-        hand_over(run.path, prepared, result)
+        hand_over(run.path, prepared, result, config.search.handed_over())
 
 
-def hand_over(run: Path, prepared: Prepared, result: SearchResult) -> None:
+def hand_over(run: Path, prepared: Prepared, result: SearchResult, method: str) -> None:
     """Write the best pair as a model, what it finds, and the heat map; the checkpoints have served."""
-    method = "hyma" if "hyma" in result.methods else result.methods[0]
     if prepared.rows:
         model = export.stitch(run, method=method)
         model.save_pretrained(run / "best")

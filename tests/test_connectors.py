@@ -137,6 +137,18 @@ def test_stack_refuses_nothing_and_strangers() -> None:
             connectors.stack(states)
 
 
+def test_check_state_knows_its_family_and_shape() -> None:
+    spec = ConnectorSpec(1, 4)
+    state = dict(connectors.module(spec, (3, 2)).state_dict())
+    connectors.check_state(spec, (3, 2), state)
+    wrong = [(ConnectorSpec(0), (3, 2)), (ConnectorSpec(2, 4), (3, 2)), (ConnectorSpec(1, 5), (3, 2)), (spec, (2, 3))]
+    for other, shape in wrong:
+        with pytest.raises(ValueError, match=f"a {other.name} connector from {shape[0]} to {shape[1]} has"):
+            connectors.check_state(other, shape, state)
+    with pytest.raises(ValueError, match="a mlp1 connector"):
+        connectors.check_state(spec, (3, 2), {name: value for name, value in state.items() if name != "0.bias"})
+
+
 def test_apply_refuses_what_does_not_fit() -> None:
     spec = ConnectorSpec(1, 4)
     params = connectors.initial(spec, (3, 2), 2, generator())

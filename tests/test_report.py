@@ -213,3 +213,31 @@ def test_numbers_are_readable():
     assert [format_flops(v) for v in (24.87e12, 2.5e15, 3e6, 12)] == ["24.9 T", "2.5 P", "3 M", "12"]
     assert [format_seconds(v) for v in (4.21, 185, 3725, 59.99)] == ["4.2 s", "3 min 05 s", "1 h 02 min", "60.0 s"]
     assert [format_bytes(v) for v in (3 * 2**20, 3 * 2**30)] == ["3 MiB", "3.00 GiB"]
+
+
+def test_a_method_without_scores_has_an_order_and_no_score(tmp_path):
+    """The bests are those of the order: of a similarity, and of a race whose winner's test score is not the highest."""
+    result, ledgers = search()
+    cka = [Ranking("cka", "linear", seed, {}, {}, [0.1, 0.2, 0.3, 0.4, 0.9, 0.5]) for seed in range(2)]
+    race = [
+        Ranking("halving", "linear", seed, {"retrieval": [9.0, 7, 1, 1, 1, 1]}, {}, [1e3, 2e3, 0, 1, 2, 3])
+        for seed in range(2)
+    ]
+    result.rankings[:0] = [*cka, *race]
+    ledgers[:0] = [Ledger("cka", "linear", seed, {"evaluation": Cost(flops=5e6, seconds=0.5)}) for seed in range(2)]
+    result.save(tmp_path / "ranking.json")
+    save_ledgers(tmp_path / "ledger.json", ledgers)
+    console = Console(file=io.StringIO(), width=220)
+    console.print(summary_table(result, ledgers))
+    lines = {line.split("│")[2].strip(): line for line in console.file.getvalue().splitlines() if line.count("│") > 3}
+    row = [cell.strip() for cell in lines["cka"].split("│")]
+    assert row[3:5] == ["v1 + t1", "–"] and row[8:10] == ["0", "0"]
+    row = [cell.strip() for cell in lines["halving"].split("│")]
+    assert row[3:5] == ["v0 + t1", "7.0"]
+    assert ranked_pairs(result, "halving", "linear", "retrieval")[0].pair == "v0 + t1"
+    page = write_report(tmp_path).read_text()
+    assert "<td>cka</td>" in page
+    assert (
+        main_method(SearchResult("vlm", result.vision, result.text, ["retrieval"], cka + race), "linear") == "halving"
+    )
+    assert main_method(SearchResult("vlm", result.vision, result.text, ["retrieval"], cka), "linear") is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyma_mllm.data.sharded_rows import ShardedRows
-from hyma_mllm.data.standardise import FIT_ROWS, Power, Standardiser
+from hyma_mllm.data.standardise import FIT_ROWS, Power, Scale, Standardiser
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def standardised_models(
     power: Power,
     centre: bool,
     unit: bool,
+    scale: Scale = "one",
 ) -> list[ModelFeatures]:
     """Fit a standardiser to each model and apply it.
 
@@ -118,12 +119,13 @@ def standardised_models(
         resident: from `fit_memory`; both forms give the same values.
         power: what each entry goes through after the L2 normalisation.
         centre: subtract the mean of the training rows.
-        unit: L2-normalise at the end; otherwise scale to unit RMS.
+        unit: L2-normalise at the end.
+        scale: of all channels together, or of each.
     """
     made: dict[int, ModelFeatures] = {}
     for raw in models:
         if id(raw) not in made:
-            standardiser, mean = _fit(raw, train, device, power, centre, unit)
+            standardiser, mean = _fit(raw, train, device, power, centre, unit, scale)
             rows: FeatureRows = (
                 _loaded(raw, standardiser, device) if resident else MappedFeatures(raw, standardiser, device)
             )
@@ -138,7 +140,7 @@ def standardised(raw: Tensor, standardiser: Standardiser, device: torch.device) 
 
 
 def _fit(
-    raw: ShardedRows, train: Tensor, device: torch.device, power: Power, centre: bool, unit: bool
+    raw: ShardedRows, train: Tensor, device: torch.device, power: Power, centre: bool, unit: bool, scale: Scale
 ) -> tuple[Standardiser, Tensor]:
     """The standardiser and the mean L2-normalised feature of the training rows, in one pass over chunks of them."""
     mean = torch.zeros(raw.width, dtype=torch.float64, device=device)
@@ -149,7 +151,7 @@ def _fit(
             mean.add_(nn.functional.normalize(chunk, dim=1).mean(0).double() * (len(rows) / len(train)))
             yield chunk
 
-    standardiser = Standardiser.fit(chunks(), power, centre, unit)
+    standardiser = Standardiser.fit(chunks(), power, centre, unit, scale)
     return standardiser, mean.float()
 
 

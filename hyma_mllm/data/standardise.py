@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Power = Literal["none", "signed_sqrt"]
+Scale = Literal["one", "each"]
 
 NORM_FLOOR = 1e-6
 """Norms below it are not divided by: what is left of a constant feature after centring is rounding noise."""
+
+LIFT = 10.0
+"""Most that a channel is scaled up beyond the mean channel: what hardly varies may be noise."""
 
 FIT_ROWS = 65536
 """Rows that are held in float64 at once while fitting."""
@@ -24,14 +28,19 @@ class StandardiseConfig:
     Attributes:
         image_power: what each entry of an image feature goes through, `none` or `signed_sqrt` (sign(x) * sqrt(|x|)).
         centre: subtract the mean feature of the training split (images and texts).
+        image_scale: divide image features by one RMS (`one`), or each channel by its own (`each`), which keeps a few
+            large channels from drowning the rest, and changes the space in which retrieval is judged.
+        text_scale: the same of text features.
     """
 
     image_power: Power = "signed_sqrt"
     centre: bool = True
+    image_scale: Scale = "one"
+    text_scale: Scale = "each"
 
 
 class Standardiser(nn.Module):
-    """x -> L2-normalise -> power -> minus mean -> L2-normalise (`unit`) or times a constant scale (not `unit`).
+    """x -> L2-normalise -> power -> minus mean -> times a constant scale -> L2-normalise (only if `unit`).
 
     Images use `unit=True`: the signed square root tames the few large entries of a feature (Perronnin, Sanchez and
     Mensink 2010, section 3.1), and the result lies on the sphere where InfoNCE compares. Texts use `unit=False` without
@@ -39,7 +48,8 @@ class Standardiser(nn.Module):
 
     Attributes:
         mean: buffer [width] float32, mean over the training rows after the power; zeros when not centred.
-        scale: buffer [] float32, makes the entries of the training rows have unit RMS; 1 when `unit`.
+        scale: buffer [width] float32, makes the entries of the training rows have unit RMS: all channels together
+            (`one`; 1 when `unit`, which it would not change) or each (`each`, lifted at most `LIFT` times the mean).
         flags: buffer [2] bool, (signed square root?, unit?), so that a state dict says everything.
         signed_sqrt, unit: the flags as Python booleans.
     """
@@ -51,14 +61,20 @@ class Standardiser(nn.Module):
     def __init__(self, width: int, power: Power = "none", unit: bool = True) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(width))
         self.register_buffer("flags", torch.tensor([power == "signed_sqrt", unit]))
         self.signed_sqrt, self.unit = power == "signed_sqrt", unit
+        self.register_load_state_dict_pre_hook(_one_scale_for_all)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_read_flags)  # type: ignore[no-untyped-call]
 
     @classmethod
     def fit(
-        cls, features: Tensor | Iterable[Tensor], power: Power = "none", centre: bool = True, unit: bool = True
+        cls,
+        features: Tensor | Iterable[Tensor],
+        power: Power = "none",
+        centre: bool = True,
+        unit: bool = True,
+        scale: Scale = "one",
     ) -> "Standardiser":
         """Fit mean and scale on training features; sums are taken in float64.
 
@@ -67,7 +83,8 @@ class Standardiser(nn.Module):
                 (chunks of `FIT_ROWS` rows give the bits of the whole).
             power: what each entry goes through after the L2 normalisation.
             centre: subtract the mean.
-            unit: L2-normalise at the end; otherwise scale to unit RMS.
+            unit: L2-normalise at the end.
+            scale: of all channels together, or of each.
 
         Returns:
             The fitted module, on the device of `features`.
@@ -89,10 +106,12 @@ class Standardiser(nn.Module):
             raise ValueError("cannot fit a standardiser on no rows")
         mean = total / rows if centre else torch.zeros_like(total)
         # mean (x - m)^2 = mean x^2 - m (2 mean x - m), over rows, then over entries
-        spread = squares / rows - mean * (2 * total / rows - mean)
-        rms = float(spread.mean().clamp_min(0).sqrt())
+        spread = (squares / rows - mean * (2 * total / rows - mean)).clamp_min(0)
+        rms = float(spread.mean().sqrt())
         standardiser.mean.copy_(mean)
-        if not unit and rms > NORM_FLOOR:
+        if rms > NORM_FLOOR and scale == "each":
+            standardiser.scale.copy_(1 / spread.sqrt().clamp_min(rms / LIFT))
+        elif rms > NORM_FLOOR and not unit:
             standardiser.scale.fill_(1 / rms)
         return standardiser
 
@@ -106,13 +125,13 @@ class Standardiser(nn.Module):
             [..., width] in the wider dtype of `x` and the buffers; never NaN for finite input (a zero row stays
             finite).
         """
-        x = self._shape(x) - self.mean
-        return F.normalize(x, dim=-1, eps=NORM_FLOOR) if self.unit else x * self.scale
+        x = (self._shape(x) - self.mean) * self.scale
+        return F.normalize(x, dim=-1, eps=NORM_FLOOR) if self.unit else x
 
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The Linear that does on L2-normalised features what the given one does on standardised features.
 
-        W s (x - m) + b = (s W) x + (b - s W m).
+        W (s * (x - m)) + b = (W * s) x + (b - (W * s) m), s scaling the columns of W.
 
         Args:
             weight: [out, width], of the connector's first Linear.
@@ -137,6 +156,13 @@ class Standardiser(nn.Module):
             return x
         # The clamp keeps the gradient at 0 finite; sign(0) = 0 keeps the value.
         return x.sign() * x.abs().clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _one_scale_for_all(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Files written before channels had scales of their own hold one number."""
+    key = f"{prefix}scale"
+    if key in state and state[key].dim() == 0:
+        state[key] = state[key].expand(module.get_buffer("scale").shape)
 
 
 def _read_flags(module: nn.Module, incompatible_keys: Any) -> None:

@@ -6,11 +6,14 @@ model has a term per such model, and so has the layer that writes into the space
 connector has both, and layers in between keep one base per shape. An MLP's pairs then meet in one hidden space, the
 number of parameters grows with N + M instead of N * M, and each term learns from all pairs of its model.
 
+`closed_form`: each pair's own frozen start (a connector that a closed form gives), plus the terms of `factored`, which
+start at zero. The predicted connectors begin as the starts, and what the pairs of a model share is learnt.
+
 All terms of one shape start from the same draw, so that pairs differ by their models and not by their luck.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +23,7 @@ from hyma_mllm.connectors import ConnectorSpec, LayerShape
 from hyma_mllm.hypernetwork.initialise import uniform
 from hyma_mllm.pairs import PairGrid
 
-BaseKind = Literal["shape", "factored"]
+BaseKind = Literal["shape", "factored", "closed_form"]
 
 Owners = list[int | None]
 """[pairs of the grid]: who owns a term of a layer's base, by number; None where the pair lacks the layer."""
@@ -33,7 +36,7 @@ def owners(kind: BaseKind, grid: PairGrid, spec: ConnectorSpec, layer: LayerShap
     vision, text = [pair.vision for pair in pairs], [pair.text for pair in pairs]
     reads, writes = (text, vision) if grid.direction == "text_to_vision" else (vision, text)
     terms: list[list[int]] = []
-    if kind == "factored":
+    if kind != "shape":
         terms += [reads] if layer.index == 0 else []
         terms += [writes] if layer.index == 2 * spec.depth else []
     return [
@@ -62,6 +65,36 @@ class Term(nn.Module):
         return self.weight.index_select(0, rows), self.bias.index_select(0, rows)
 
 
+class Start(nn.Module):
+    """The frozen starts of one layer: buffers weight [pairs with the layer, out, in] and bias [.., out], float32.
+
+    They are no parameters, but the state dict holds them: a checkpoint loads into a network of other starts.
+
+    Args:
+        layer: the shape.
+        starts: per pair of the grid in order, its plain state dict; None where the pair lacks the layer.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    rows: Tensor
+
+    def __init__(self, layer: LayerShape, starts: Sequence[Mapping[str, Tensor] | None]):
+        super().__init__()
+        having = [index for index, state in enumerate(starts) if state is not None]
+        states = [state for state in starts if state is not None]
+        for kind in ("weight", "bias"):
+            stacked = torch.stack([state[f"{layer.index}.{kind}"].detach().float().cpu() for state in states])
+            self.register_buffer(kind, stacked)
+        rows = [having.index(index) if index in having else -1 for index in range(len(starts))]
+        self.register_buffer("rows", torch.tensor(rows), persistent=False)
+
+    def forward(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [pairs, out, in] and bias [pairs, out] of these pairs, fresh copies."""
+        rows = self.rows.index_select(0, pairs)
+        return self.weight.index_select(0, rows), self.bias.index_select(0, rows)
+
+
 class LayerBase(nn.Module):
     """The base of one layer shape, a sum of terms. The first starts as a new nn.Linear, the others at zero.
 
@@ -70,27 +103,37 @@ class LayerBase(nn.Module):
         terms: as `owners` gives them.
         generator: draws the initial weights.
         bound: of the uniform initial weights and biases; None is nn.Linear's, 1/sqrt(fan_in).
+        start: what the terms are added to; all of them then start at zero.
     """
 
     def __init__(
-        self, layer: LayerShape, terms: Sequence[Owners], generator: torch.Generator, bound: float | None = None
+        self,
+        layer: LayerShape,
+        terms: Sequence[Owners],
+        generator: torch.Generator,
+        bound: float | None = None,
+        start: Start | None = None,
     ):
         super().__init__()
+        self.start = start
         bound = 1 / math.sqrt(layer.fan_in) if bound is None else bound
         weight = uniform(layer.fan_out, layer.fan_in, bound=bound, generator=generator)
         bias = uniform(layer.fan_out, bound=bound, generator=generator)
         self.terms = nn.ModuleList(
-            Term(owner_of_pair, weight, bias) if number == 0 else Term(owner_of_pair, 0 * weight, 0 * bias)
+            Term(owner_of_pair, weight, bias)
+            if number == 0 and start is None
+            else Term(owner_of_pair, torch.zeros_like(weight), torch.zeros_like(bias))
             for number, owner_of_pair in enumerate(terms)
         )
-        self.copies = len(set(terms[0]) - {None}) > 1
+        self.copies = start is not None or len(set(terms[0]) - {None}) > 1
 
     def forward(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [pairs, out, in] and bias [pairs, out] of the pairs with these indices."""
-        weight, bias = self.terms[0](pairs)
-        for term in self.terms[1:]:
+        first, *others = self.terms if self.start is None else (self.start, *self.terms)
+        weight, bias = first(pairs)
+        for term in others:
             more, more_bias = term(pairs)
-            # A first term of several owners is a fresh copy, to which adding in place saves another one.
+            # A start, and a first term of several owners, is a fresh copy: adding in place saves another one.
             weight = weight.add_(more) if self.copies else weight + more
             bias = bias + more_bias
         return weight, bias

@@ -3,13 +3,15 @@
 condition of the pair + learned row of the layer -> trunk -> code -> head of the layer's shape, added to its base.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorGroup, ConnectorParams, ConnectorSpec, LayerShape
-from hyma_mllm.hypernetwork.base import LayerBase, owners
+from hyma_mllm.errors import HymaError
+from hyma_mllm.hypernetwork.base import LayerBase, Start, owners
 from hyma_mllm.hypernetwork.conditions import build_condition, unit_rms
 from hyma_mllm.hypernetwork.heads import ChunkedHead, DenseHead, LowRankHead
 from hyma_mllm.hypernetwork.initialise import normal
@@ -28,9 +30,12 @@ class Hypernetwork(nn.Module):
         vision_means: for the condition `features`: mean feature [width] of each vision model over the whole set.
         text_means: the same of each text model.
         seed: of the initial weights, which do not depend on torch's global generator.
+        starts: for the base `closed_form`: per pair in grid order, the plain state dict of `spec` that it starts from.
 
     Raises:
-        HymaError: if the parts do not go together, or the condition `features` lacks usable means.
+        HymaError: if the parts do not go together, the condition `features` lacks usable means, or the base
+            `closed_form` lacks starts.
+        ValueError: if there are starts for another base, or of another number, family or shape.
     """
 
     def __init__(
@@ -41,12 +46,14 @@ class Hypernetwork(nn.Module):
         vision_means: Sequence[Tensor] | None = None,
         text_means: Sequence[Tensor] | None = None,
         seed: int = 0,
+        starts: Sequence[Mapping[str, Tensor]] | None = None,
     ):
         super().__init__()
         self.grid = grid
         self.spec = spec
         self.config = config
         self.parts = parts(config, spec.depth)
+        starts = _checked(starts, self.parts.base == "closed_form", grid, spec)
         self.normalise = config.initialisation == "hyper"
         self.layers = _distinct(layer for shape in _shapes(grid) for layer in spec.layers(*shape))
         generator = torch.Generator().manual_seed(seed)
@@ -60,7 +67,8 @@ class Hypernetwork(nn.Module):
         for layer in self.layers:
             bound = None if self.normalise else config.trunk[-1] ** -0.5
             terms = owners(self.parts.base, grid, spec, layer)
-            self.bases[_name(layer)] = LayerBase(layer, terms, generator, bound)
+            start = Start(layer, _having(layer, starts, grid, spec)) if starts else None
+            self.bases[_name(layer)] = LayerBase(layer, terms, generator, bound, start)
             self.heads[_name(layer)] = self._head(layer, generator)
 
     def _head(self, layer: LayerShape, generator: torch.Generator) -> nn.Module:
@@ -138,6 +146,33 @@ def describe(network: Hypernetwork) -> dict[str, float]:
     grid = network.grid
     connectors = sum(network.spec.parameters(*grid.shape(index)) for index in range(len(grid)))
     return {"hypernetwork_parameters": own, "connector_parameters": connectors, "ratio": own / connectors}
+
+
+def _checked(
+    starts: Sequence[Mapping[str, Tensor]] | None, wanted: bool, grid: PairGrid, spec: ConnectorSpec
+) -> Sequence[Mapping[str, Tensor]]:
+    """The starts, none where the base does not want them."""
+    if not wanted:
+        if starts is not None:
+            raise ValueError("only a hypernetwork of the base closed_form has starts")
+        return []
+    if starts is None:
+        raise HymaError(
+            "The hypernetwork's base closed_form needs a start for every pair and got none; it is for the search of "
+            "image and text encoders (recipes/vlm.py): set hypernetwork.preset to default here."
+        )
+    if len(starts) != len(grid):
+        raise ValueError(f"a grid of {len(grid)} pairs has as many starts, not {len(starts)}")
+    for index, state in enumerate(starts):
+        connectors.check_state(spec, grid.shape(index), state)
+    return starts
+
+
+def _having(
+    layer: LayerShape, starts: Sequence[Mapping[str, Tensor]], grid: PairGrid, spec: ConnectorSpec
+) -> list[Mapping[str, Tensor] | None]:
+    """The starts, None for a pair without the layer."""
+    return [state if layer in spec.layers(*grid.shape(index)) else None for index, state in enumerate(starts)]
 
 
 def _shapes(grid: PairGrid) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from hyma_mllm.hypernetwork.base import BaseKind
 from hyma_mllm.hypernetwork.conditions import ConditionKind
 from hyma_mllm.hypernetwork.heads import HeadKind
 
-Preset = Literal["default", "hyma", "hyper-align"]
+Preset = Literal["default", "closed-form", "hyma", "hyper-align"]
 Initialisation = Literal["hyper", "torch"]
 
 
@@ -19,11 +19,12 @@ class HypernetworkConfig:
 
     Attributes:
         preset: `hyma` is the paper's (a row per pair, dense head), `hyper-align` predicts from mean features (linear
-            connectors only), `default` is the best found.
+            connectors only), `default` is the best found for all cases, `closed-form` the best where stored features of
+            both sides are there (image and text encoders).
         condition: what tells pairs apart: `pair`, `factored` or `features`; the preset's if null.
         head: `dense`, `chunked` or `low_rank`; the preset's if null.
-        base: what a head adds to: one learned base per layer `shape`, or `factored` by the models that a layer touches;
-            the preset's if null.
+        base: what a head adds to: one learned base per layer `shape`, `factored` by the models that a layer touches, or
+            `closed_form`, a connector computed for each pair plus factored terms from zero; the preset's if null.
         initialisation: `hyper` predicts connectors like a new nn.Linear at step 0; `torch` leaves torch's defaults and
             normalises nothing, as the paper did (dense head only).
         condition_width: width of a condition.
@@ -86,6 +87,7 @@ class Parts:
 
 PRESETS: dict[Preset, Parts] = {
     "default": Parts(condition="factored", head="low_rank", base="factored"),
+    "closed-form": Parts(condition="factored", head="low_rank", base="closed_form"),
     "hyma": Parts(condition="pair", head="dense", base="shape"),
     "hyper-align": Parts(condition="features", head="dense", base="shape"),
 }
@@ -108,5 +110,10 @@ def parts(config: HypernetworkConfig, depth: int) -> Parts:
         raise HymaError(
             f"The initialisation torch needs the dense head and not {chosen.head}; "
             "choose the preset hyma, or the initialisation hyper."
+        )
+    if config.initialisation == "torch" and chosen.base == "closed_form":
+        raise HymaError(
+            "The initialisation torch would bury the base closed_form under random deltas; "
+            "choose the initialisation hyper, or the base shape."
         )
     return chosen

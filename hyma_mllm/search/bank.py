@@ -1,6 +1,6 @@
 """Independent connectors of many pairs, trained side by side: what a grid search trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,10 +16,29 @@ class ConnectorBank(nn.Module):
 
     It answers like a hypernetwork (`forward(pairs) -> list[ConnectorGroup]`), which is why one loop trains both.
     Under AdamW, which works entry by entry, a stacked step on the *sum* of the pairs' losses is each pair's own step.
+
+    Args:
+        grid: the pairs.
+        spec: the family of connectors.
+        seed: of fresh connectors.
+        initial: per pair in grid order, the plain state dict that its connector starts from; None for a fresh one,
+            which does not depend on what the other pairs start from.
+
+    Raises:
+        ValueError: if `initial` has not one entry per pair, or one of another family or shape.
     """
 
-    def __init__(self, grid: PairGrid, spec: ConnectorSpec, seed: int) -> None:
+    def __init__(
+        self,
+        grid: PairGrid,
+        spec: ConnectorSpec,
+        seed: int,
+        initial: Sequence[Mapping[str, Tensor] | None] | None = None,
+    ) -> None:
         super().__init__()
+        initial = [None] * len(grid) if initial is None else initial
+        if len(initial) != len(grid):
+            raise ValueError(f"a bank of {len(grid)} connectors starts from as many, not from {len(initial)}")
         self.grid = grid
         self.row_of = [0] * len(grid)
         self.shapes = list(grid.by_shape(range(len(grid))))
@@ -27,6 +46,12 @@ class ConnectorBank(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for shape, members in grid.by_shape(range(len(grid))).items():
             params = connectors.initial(spec, shape, len(members), generator)
+            for row, index in enumerate(members):
+                state = initial[index]
+                if state is not None:
+                    connectors.check_state(spec, shape, state)
+                    for name, value in state.items():
+                        params[name][row] = value.detach()
             # A dot would read as a submodule in a parameter's name.
             bank = {name.replace(".", "_"): nn.Parameter(value) for name, value in params.items()}
             banks.append(nn.ParameterDict(bank))

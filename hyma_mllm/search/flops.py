@@ -2,6 +2,7 @@
 
 A product [a, b] x [b, c] counts 2abc, forward and backward together, as torch's FlopCounterMode counts; element-wise
 work (activations, softmax, normalisation, biases) is left out. METHOD 3 gives the closed forms that these sum to.
+Factorisations, which that mode does not count, are counted as Golub and Van Loan do (Matrix Computations, 4th edition).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,51 @@ def hypernetwork_step_flops(network: Hypernetwork, pairs: Sequence[int]) -> floa
         pairs: indices in its grid.
     """
     return matmul_flops(_hypernetwork_matmuls(network, pairs))
+
+
+def closed_form_flops(
+    rows: tuple[int, int],
+    text_widths: Iterable[int],
+    image_widths: Iterable[int],
+    shapes: Iterable[tuple[int, int]],
+    whitened: bool,
+) -> float:
+    """Linear connectors from covariances (METHOD 9).
+
+    A model of width d: 2nd² for its covariance over n rows, d³/3 for its Cholesky factor. A pair: 2ndk for its cross
+    covariance over n pictures, and 2d²k for every solve with a factor of width d.
+
+    Args:
+        rows: captions and pictures of the training split.
+        text_widths: of the text models, each counted once.
+        image_widths: of the image models, each counted once.
+        shapes: (d_text, d_image) of every pair.
+        whitened: whether the image side has a covariance and a solve, too.
+    """
+    captions, pictures = rows
+    total = sum(2 * captions * width**2 + width**3 / 3 for width in text_widths)
+    if whitened:
+        total += sum(2 * pictures * width**2 + width**3 / 3 for width in image_widths)
+    for text, image in shapes:
+        total += 2 * pictures * text * image + 2 * text**2 * image + (2 * image**2 * text if whitened else 0)
+    return float(total)
+
+
+def as_connector_flops(spec: ConnectorSpec, shape: tuple[int, int]) -> float:
+    """A linear map written into a connector of this family: nothing for a Linear.
+
+    For an MLP the smaller Gram matrix (2n²m for sides n <= m), its eigenvectors (9n³), and the projection on the r that
+    are kept (2rnm).
+
+    Args:
+        spec: the connector family.
+        shape: (d_in, d_out) of the pair.
+    """
+    if spec.depth == 0:
+        return 0.0
+    small, large = min(shape), max(shape)
+    rank = min((spec.hidden or shape[1]) // 2, small)
+    return float(2 * small**2 * large + 9 * small**3 + 2 * rank * small * large)
 
 
 def _hypernetwork_matmuls(network: Hypernetwork, pairs: Sequence[int]) -> Iterator[Matmul]:

@@ -18,7 +18,7 @@ import torch
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.paths import write_text
-from hyma_mllm.search.ranking import describe, read_json
+from hyma_mllm.search.schema_files import describe, read_json
 
 SCHEMA = 1
 SAMPLE_SECONDS = 0.02

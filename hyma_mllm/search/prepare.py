@@ -109,8 +109,8 @@ def assemble(
     captions, _ = captions_of(first_caption, train)
     resident = fit_memory([*images, *texts], device)
     power, centre = standardise.image_power, standardise.centre
-    seen = standardised_models(images, train, device, resident, power, centre, unit=True)
-    said = standardised_models(texts, captions, device, resident, "none", centre, unit=False)
+    seen = standardised_models(images, train, device, resident, power, centre, True, standardise.image_scale)
+    said = standardised_models(texts, captions, device, resident, "none", centre, False, standardise.text_scale)
     task = VLMTask(
         grid=PairGrid(
             tuple(card.id for card in vision),

@@ -21,6 +21,7 @@ import numpy as np
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.paths import write_text
+from hyma_mllm.search.schema_files import describe, read_json
 
 SCHEMA = 1
 DECIMALS = 6
@@ -49,11 +50,14 @@ class Ranking:
     """What one method gave all pairs, with one connector family and one seed.
 
     Attributes:
-        method: "hyma", "grid", "constrained-grid", "random", ...
+        method: "hyma", "grid", "constrained-grid", "random", "halving", "cka", ...
         connector: name of the connector family, "linear", "mlp1", ...
         seed: of the training.
-        scores: task ("retrieval", "zero-shot/<class set>") -> score of each pair in grid order, percent.
+        scores: task ("retrieval", "zero-shot/<class set>") -> score of each pair in grid order, percent; of the
+            connector that the method holds for the pair, trained or not. Empty for a method without connectors.
         details: further measures of each pair in grid order, e.g. "text_to_image R@1", percent.
+        order_by: what the method ranks by, of each pair in grid order, higher is better, on a scale of its own: a
+            similarity, a rung and the validation score there, a score that is expected. None: the task's scores.
     """
 
     method: str
@@ -61,11 +65,29 @@ class Ranking:
     seed: int
     scores: dict[str, list[float]]
     details: dict[str, list[float]] = field(default_factory=dict)
+    order_by: list[float] | None = None
+
+    def ranks_by(self, task: str) -> list[float]:
+        """What the order of the pairs for a task comes from, [pairs]; higher is better."""
+        return self.scores[task] if self.order_by is None else self.order_by
 
     def order(self, task: str) -> list[int]:
-        """Pair indices, best first; equal scores in grid order."""
-        scores = self.scores[task]
-        return sorted(range(len(scores)), key=lambda index: -scores[index])
+        """Pair indices, best first; equal ones in grid order."""
+        values = self.ranks_by(task)
+        return sorted(range(len(values)), key=lambda index: -values[index])
+
+    def hand_over_by(self, task: str) -> list[float]:
+        """What the pair that is handed over is chosen by, [pairs]: never a score on the test split.
+
+        Args:
+            task: the first of the result's.
+
+        Raises:
+            HymaError: the method makes no connectors, so there is nothing to hand over.
+        """
+        if not self.scores:
+            raise HymaError(f"{self.method} ranks pairs without connectors; hand over a pair of another method.")
+        return self.details[f"validation {task}"] if self.order_by is None else self.order_by
 
 
 @dataclass
@@ -76,7 +98,7 @@ class SearchResult:
         case: "vlm".
         vision: the N vision models in grid order.
         text: the M text models in grid order; pair (i, j) has index i * M + j.
-        tasks: names of the tasks that every ranking scores.
+        tasks: names of the tasks that every ranking with connectors scores.
         rankings: one per method, connector family and seed.
         oracle: the method that the others are compared with.
         config: the resolved configuration of the run.
@@ -109,25 +131,35 @@ class SearchResult:
         return list(dict.fromkeys(ranking.connector for ranking in self.rankings))
 
     def scores(self, method: str, connector: str, task: str) -> list[list[float]]:
-        """Scores [seeds, pairs] of a method, seeds in rising order; empty when the method did not run there."""
+        """Scores [seeds, pairs] of a method, seeds in rising order; empty when it did not run there or has none."""
+        return [ranking.scores[task] for ranking in self._chosen(method, connector) if ranking.scores]
+
+    def ranks_by(self, method: str, connector: str, task: str) -> list[list[float]]:
+        """What a method orders the pairs by, [seeds, pairs], seeds in rising order; empty when it did not run there."""
+        return [ranking.ranks_by(task) for ranking in self._chosen(method, connector)]
+
+    def _chosen(self, method: str, connector: str) -> list[Ranking]:
         chosen = [ranking for ranking in self.rankings if (ranking.method, ranking.connector) == (method, connector)]
-        return [ranking.scores[task] for ranking in sorted(chosen, key=lambda ranking: ranking.seed)]
+        return sorted(chosen, key=lambda ranking: ranking.seed)
 
     def mean_scores(self, method: str, connector: str, task: str) -> list[float]:
-        """Mean over seeds of each pair's score; empty when the method did not run there."""
+        """Mean over seeds of each pair's score; empty when the method did not run there or has no connectors."""
         scores = self.scores(method, connector, task)
         return [float(mean) for mean in np.mean(scores, axis=0)] if scores else []
 
     def agreement(self, method: str, connector: str, task: str) -> dict[str, Interval]:
-        """`compare` of a method with the oracle, or the oracle's `ceiling`; empty where either did not run."""
+        """`compare` of a method's order with the oracle's scores, or the oracle's `ceiling`; empty without either."""
         oracle = self.scores(self.oracle, connector, task)
         if method == self.oracle:
             return ceiling(oracle)
-        scores = self.scores(method, connector, task)
-        return compare(scores, oracle) if scores and oracle else {}
+        ours = self.ranks_by(method, connector, task)
+        return compare(ours, oracle) if ours and oracle else {}
 
     def check(self, where: str) -> None:
-        """Raise `HymaError` naming `where` and the ranking unless every pair has a finite score for every task."""
+        """Raise `HymaError` naming `where` and the ranking unless every pair has a finite score for every task.
+
+        A ranking without any score is whole if every pair has a finite place in its order.
+        """
         pairs, seen = len(self.pairs), set()
         for ranking in self.rankings:
             name = f"{where}, ranking {ranking.method}/{ranking.connector}/seed {ranking.seed}"
@@ -136,9 +168,10 @@ class SearchResult:
                 raise HymaError(f"{name} stands there twice; remove one of the two.")
             seen.add(key)
             missing = [task for task in self.tasks if task not in ranking.scores]
-            if missing:
+            if missing and (ranking.scores or ranking.order_by is None):
                 raise HymaError(f"{name} has no scores for the task {missing[0]}; run the evaluation again.")
-            for column, values in (ranking.scores | ranking.details).items():
+            order = {} if ranking.order_by is None else {"order_by": ranking.order_by}
+            for column, values in (ranking.scores | ranking.details | order).items():
                 if len(values) != pairs:
                     raise HymaError(f"{name}, {column} holds {len(values)} values for {pairs} pairs; run it again.")
                 for index, value in enumerate(values):
@@ -156,6 +189,10 @@ class SearchResult:
         content = {"schema": SCHEMA, **asdict(self)}
         for entry in content["rankings"]:
             entry |= {name: _columns(entry[name]) for name in ("scores", "details")}  # numpy's and whole numbers too
+            if entry["order_by"] is None:
+                entry.pop("order_by")
+            else:
+                entry["order_by"] = [float(value) for value in entry["order_by"]]
         write_text(path, json.dumps(_rounded(content), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
     @classmethod
@@ -174,6 +211,7 @@ class SearchResult:
                     seed=int(entry["seed"]),
                     scores=_columns(entry["scores"]),
                     details=_columns(entry.get("details", {})),
+                    order_by=[float(value) for value in entry["order_by"]] if "order_by" in entry else None,
                 )
                 for entry in content["rankings"]
             ]
@@ -198,34 +236,6 @@ def known(value: str, names: Sequence[str], what: str, where: str = "this rankin
     if value not in names:
         raise HymaError(f"There is no {what} {value} in {where}; {near_names(value, names)}")
     return value
-
-
-def read_json(path: Path, schema: int) -> dict[str, Any]:
-    """The object in a JSON file of ours.
-
-    Args:
-        path: the file.
-        schema: the schema number that it must carry.
-
-    Raises:
-        HymaError: when it is missing, is not JSON, is not an object, or has another schema number.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HymaError(f"{path} cannot be read ({error.strerror}); name a file that a search wrote.") from error
-    except ValueError as error:
-        raise HymaError(f"{path} is not JSON ({error}); it is damaged, write it again with a search.") from error
-    if not isinstance(content, dict) or "schema" not in content:
-        raise HymaError(f"{path} has no schema number, so no search wrote it; name a file that one did.")
-    if content["schema"] != schema:
-        raise HymaError(f"{path} has schema {content['schema']} but this version reads {schema}; update, or run again.")
-    return content
-
-
-def describe(error: Exception) -> str:
-    """What was wrong with a file's content, for an error message."""
-    return f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _models(entries: list[dict[str, Any]]) -> list[ModelEntry]:

@@ -12,8 +12,10 @@ from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.paths import atomic_path
 from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.config import CLOSED_FORMS, Method
 from hyma_mllm.search.ledger import Cost, Ledger
-from hyma_mllm.search.methods import Found, Method, Search, all_connectors
+from hyma_mllm.search.method import Found, all_connectors
+from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import Ranking
 
 
@@ -33,6 +35,10 @@ class Unit:
 
 FINISHED = ("ranking.json", "ledger.json", "best/config.json", "examples.json", "ranking.png")
 """Files of a finished run, each written whole; the report can be made from them again."""
+
+
+KEPT: tuple[Method, ...] = ("hyma", "grid", "halving", "mordal", *CLOSED_FORMS)
+"""Methods whose connectors are kept, beside those of the method that is handed over."""
 
 
 def is_finished(run: Path, files: Sequence[str] = FINISHED) -> bool:
@@ -128,7 +134,8 @@ def _fresh(search: Search, unit: Unit, hyma: dict[tuple[str, int], Ledger]) -> t
     with search.stop.watched():
         found = search.run_method(unit.method, unit.connector, unit.seed, hyma.get((unit.connector, unit.seed)))
     if search.accelerator.is_main_process:
-        if unit.seed == search.config.seeds[0] and unit.method in ("hyma", "grid"):
+        kept = {*KEPT, search.config.handed_over()}
+        if unit.seed == search.config.seeds[0] and unit.method in kept:
             _save_connectors(search, unit, found)
         search.run.write_json(
             f"results/{unit.name}.json", {"ranking": asdict(found.ranking), "ledger": asdict(found.ledger)}
@@ -141,6 +148,7 @@ def _fresh(search: Search, unit: Unit, hyma: dict[tuple[str, int], Ledger]) -> t
 
 def _save_connectors(search: Search, unit: Unit, found: Found) -> None:
     """Keep every pair's connector of the first seed, for `hyma export`."""
+    assert found.network is not None
     path = search.run.path / "connectors" / f"{unit.name}.safetensors"
     with atomic_path(path) as temporary:
         save_file(all_connectors(found.network, len(search.task.grid)), temporary)

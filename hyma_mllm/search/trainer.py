@@ -5,13 +5,13 @@ One loop trains hypernetworks and banks of independent connectors alike, so that
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,86 +20,18 @@ from hyma_mllm.errors import HymaError
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.checkpoints import Checkpoints
-from hyma_mllm.search.guard import Guard, GuardConfig
+from hyma_mllm.search.guard import Guard
+from hyma_mllm.search.held import HeldConnectors
 from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
 from hyma_mllm.search.ledger import Cost, Meter
-from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.pair_loss import PairLoss, SearchTask
-from hyma_mllm.search.placement import ALONE, IDLE, Placement
-from hyma_mllm.search.samplers import BatchSampler, PairSampler
-from hyma_mllm.search.stability import Stability, StabilityConfig
-
-
-@dataclass
-class Plan:
-    """What one training does.
-
-    Attributes:
-        method, connector, seed: its name in logs and results.
-        steps: optimiser steps.
-        pairs: sampler of pairs.
-        batches: sampler of rows.
-        optimiser: AdamW and its schedule.
-        guard: limits of the non-finite guard.
-        stability: early stop on a settled order; `times=0` for none.
-        evaluate_every: optimiser steps between validation scores; 0 for none.
-        checkpoint_every: optimiser steps between checkpoints; 0 for none.
-        placement: which process works on which pairs.
-        visit_flops: FLOPs of the source of connectors in one visit of some pairs (a hypernetwork's own work).
-    """
-
-    method: str
-    connector: str
-    seed: int
-    steps: int
-    pairs: PairSampler
-    batches: BatchSampler
-    optimiser: OptimiserConfig
-    guard: GuardConfig
-    stability: StabilityConfig
-    evaluate_every: int
-    checkpoint_every: int
-    placement: Placement = ALONE
-    visit_flops: Callable[[Sequence[int]], float] = lambda pairs: 0.0
-
-    @property
-    def name(self) -> str:
-        """`method-connector-seed`."""
-        return f"{self.method}-{self.connector}-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption."""
-        return {
-            "name": self.name,
-            "steps": self.steps,
-            "batch": self.batches.size,
-            "sampler": self.pairs.kind,
-            "pairs": list(self.pairs.members),
-            "per_visit": self.pairs.per_visit,
-            "optimiser": vars(self.optimiser),
-        }
-
-
-@dataclass
-class Outcome:
-    """What a training came to.
-
-    Attributes:
-        step: optimiser steps taken (fewer than planned when the order settled).
-        training, validation: their costs.
-        skipped: steps the guard skipped.
-        visits: forward passes of each pair, [pairs of the grid].
-    """
-
-    step: int
-    training: Cost
-    validation: Cost
-    skipped: int
-    visits: list[int] = field(default_factory=list)
+from hyma_mllm.search.placement import IDLE
+from hyma_mllm.search.plan import UNLIMITED, Leg, Outcome, Plan
+from hyma_mllm.search.stability import Stability
 
 
 class Trainer:
-    """Runs one `Plan`.
+    """Runs one `Plan`: whole by `fit`, or leg by leg by `resume`, `run_leg`, `validate` and `checkpoint`.
 
     Args:
         plan: what to do.
@@ -121,21 +53,21 @@ class Trainer:
     ) -> None:
         self.plan, self.task, self.accelerator, self.run, self.stop = plan, task, accelerator, run, stop
         self.spec: ConnectorSpec = model.spec
-        # The counter of micro-steps is global to the accelerator; each training starts its own.
         self.groups = task.visit_groups()
         # A pair that this process has the models of.
         self.own = [next(pair.index for pair in task.grid.pairs() if plan.placement.here(pair.text))]
-        self.turns = len(plan.placement.turns(plan.pairs.visits(0), self.groups))
-        accelerator.gradient_accumulation_steps = self.turns
-        accelerator.step = 0
+        self._enter(plan.leg())
         self.model, self.optimiser = accelerator.prepare(model, plan.optimiser.build(model.parameters()))
         self.source = accelerator.unwrap_model(self.model).network
         self.guard = Guard(plan.guard, task.grid)
         self.stability = Stability(plan.stability)
         self.checkpoints = Checkpoints(run.path / "checkpoints" / plan.name, accelerator, plan.identity())
-        self.training, self.validation = Cost(), Cost()
+        self.training, self.validation = replace(plan.paid), Cost()
         self.visits = [0] * len(task.grid)
         self.done = 0
+        self.ended = False
+        self.notes: dict[str, Any] = {}
+        """What who runs the legs wants to find again after a resumption; JSON."""
 
     def fit(self) -> Outcome:
         """Train to the end, or to a settled order; the trained connectors are in the model that was given.
@@ -144,14 +76,33 @@ class Trainer:
             SearchInterruptedError: a signal came; a checkpoint is on disk.
             HymaError: the training does not stay finite.
         """
-        self._resume()
-        self._run_steps()
-        self.training.samples_per_pair = sum(self.visits) * self.plan.batches.size / len(self.plan.pairs.members)
+        self.resume()
+        if not self.ended:
+            self.run_leg(self.plan.leg())
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """What it came to so far."""
+        seen = sum(self.visits) * self.plan.batches.size
+        self.training.samples_per_pair = self.plan.paid.samples_per_pair + seen / len(self.plan.pairs.members)
         return Outcome(self.done, self.training, self.validation, self.guard.skipped, self.visits)
 
-    def _run_steps(self) -> None:
+    def run_leg(self, leg: Leg, share: float = 1.0) -> None:
+        """Train on, from wherever the training is within the leg.
+
+        Args:
+            leg: which pairs, how far, at which rates.
+            share: of the leg after which to stop; what is done of it is not done again.
+
+        Raises:
+            SearchInterruptedError: a signal came; a checkpoint is on disk.
+            HymaError: the training does not stay finite.
+        """
+        self._enter(leg)
+        bank = self.source if leg.held and isinstance(self.source, ConnectorBank) else None
+        self.held = None if bank is None else HeldConnectors(bank, leg.pairs.members)
         bar = tqdm(
-            total=self.plan.steps,
+            total=None if leg.until == UNLIMITED else leg.until,
             initial=self.done,
             desc=self.plan.name,
             unit="step",
@@ -159,7 +110,7 @@ class Trainer:
         )
         settled = False
         with bar:
-            while self.done < self.plan.steps and not settled:
+            while not settled and not self._over(share):
                 with Meter(self.training, self.accelerator.device):
                     losses = self._step(self.done)
                 self.done += 1
@@ -167,15 +118,34 @@ class Trainer:
                 bar.update()
                 if losses is not None:
                     bar.set_postfix(loss=f"{sum(losses.values()) / len(losses):.3f}", skipped=self.guard.skipped)
-                settled = self._milestones()
+                settled = self._milestones(self._over(share))
+        self.ended = settled or self._over(1.0)
+
+    def _enter(self, leg: Leg) -> None:
+        self.leg, self.held = leg, None
+        # The counter of micro-steps is global to the accelerator; each training starts its own.
+        self.turns = len(self.plan.placement.turns(leg.pairs.visits(0), self.groups))
+        self.accelerator.gradient_accumulation_steps = self.turns
+        self.accelerator.step = 0
+
+    def _elapsed(self) -> float:
+        """Seconds of the training so far, where they matter; those of the main process, which all must agree on."""
+        if self.leg.to_second is None or self.accelerator.num_processes == 1:
+            return self.training.seconds
+        told = [self.training.seconds]
+        broadcast_object_list(told)
+        return told[0]
+
+    def _over(self, share: float) -> bool:
+        return self.leg.fraction(self.done, self._elapsed()) >= share
 
     def _step(self, step: int) -> dict[int, float] | None:
         """One optimiser step; the loss of each visited pair, or None when the guard skipped it."""
         plan, started = self.plan, time.perf_counter()
-        rate = plan.optimiser.rate(step, plan.steps)
+        rate = plan.optimiser.rate(*self.leg.position(step, self._elapsed()))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        visits = plan.pairs.visits(step)
+        visits = self.leg.pairs.visits(step)
         seen: dict[int, float] = {}
         for number, weight in plan.placement.turns(visits, self.groups):
             pairs = self.own if number == IDLE else visits[number]
@@ -196,11 +166,13 @@ class Trainer:
                 self._skip(list(seen), torch.tensor(list(seen.values())))
             return None
         self.optimiser.step()
+        if self.held is not None:
+            self.held.put_back()
         self.optimiser.zero_grad()
         self.guard.passed()
         self.run.log(
             "step",
-            method=plan.method,
+            method=plan.logged,
             connector=plan.connector,
             seed=plan.seed,
             step=step + 1,
@@ -291,35 +263,41 @@ class Trainer:
         plan = self.plan
         self.accelerator.print(reason)
         self.run.log(
-            "skipped", method=plan.method, connector=plan.connector, seed=plan.seed, step=self.done + 1, reason=reason
+            "skipped", method=plan.logged, connector=plan.connector, seed=plan.seed, step=self.done + 1, reason=reason
         )
 
-    def _milestones(self) -> bool:
+    def _milestones(self, over: bool) -> bool:
         """Validate, checkpoint and obey signals where it is time; True when the order has settled."""
         plan, settled = self.plan, False
-        if plan.evaluate_every and (self.done % plan.evaluate_every == 0 or self.done == plan.steps):
-            with Meter(self.validation, self.accelerator.device):
-                found = self.task.validate(self.source, self.spec)
-            self.validation.flops += found.flops
-            headline, scores = next(iter(found.scores.items()))
-            self.run.log(
-                "evaluation",
-                method=plan.method,
-                connector=plan.connector,
-                seed=plan.seed,
-                step=self.done,
-                scores={headline: [round(score, 4) for score in scores]},
-            )
-            settled = self.stability.settled(self.done, scores)
-        if plan.checkpoint_every and self.done % plan.checkpoint_every == 0 and self.done < plan.steps:
-            self._checkpoint()
-        if self._asked_to_stop() and self.done < plan.steps and not settled:
-            self._checkpoint()
+        if plan.evaluate_every and (self.done % plan.evaluate_every == 0 or over):
+            settled = self.stability.settled(self.done, self.validate())
+        if plan.checkpoint_every and self.done % plan.checkpoint_every == 0 and not over:
+            self.checkpoint()
+        if self._asked_to_stop() and not over and not settled:
+            self.checkpoint()
+            of = "" if self.leg.until == UNLIMITED else f" of {self.leg.until}"
             raise SearchInterruptedError(
-                f"Stopped by {self.stop.signal or 'a signal'} at step {self.done} of {plan.steps} of {plan.name}; "
+                f"Stopped by {self.stop.signal or 'a signal'} at step {self.done}{of} of {plan.name}; "
                 "the state is saved, run the same command again to go on."
             )
         return settled
+
+    def validate(self) -> list[float]:
+        """Score every pair on the validation split, on the bill and in the log; the headline scores [pairs]."""
+        plan = self.plan
+        with Meter(self.validation, self.accelerator.device):
+            found = self.task.validate(self.source, self.spec)
+        self.validation.flops += found.flops
+        headline, scores = next(iter(found.scores.items()))
+        self.run.log(
+            "evaluation",
+            method=plan.logged,
+            connector=plan.connector,
+            seed=plan.seed,
+            step=self.done,
+            scores={headline: [round(score, 4) for score in scores]},
+        )
+        return scores
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal reached any process: all must leave at the same step."""
@@ -328,7 +306,8 @@ class Trainer:
         asked = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
         return bool(self.accelerator.gather(asked).any())
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
+        """Save everything that a resumption needs, and what the guard rolls back to."""
         self.guard.remember(self.accelerator.unwrap_model(self.model), self.optimiser)
         self.checkpoints.save(
             self.done,
@@ -338,10 +317,13 @@ class Trainer:
                 "visits": self.visits,
                 "guard": self.guard.state_dict(),
                 "stability": self.stability.state_dict(),
+                "ended": self.ended,
+                "notes": self.notes,
             },
         )
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, where there is one."""
         progress = self.checkpoints.resume()
         self.guard.remember(self.accelerator.unwrap_model(self.model), self.optimiser)
         if progress is None:
@@ -351,9 +333,10 @@ class Trainer:
         self.visits = progress["visits"]
         self.guard.load_state_dict({**progress["guard"], "per_pair": _int_keys(progress["guard"]["per_pair"])})
         self.stability.load_state_dict(progress["stability"])
+        self.ended, self.notes = progress.get("ended", False), progress.get("notes", {})
         self.accelerator.print(f"{self.plan.name}: going on from step {self.done}.")
         self.run.log(
-            "resumed", method=self.plan.method, connector=self.plan.connector, seed=self.plan.seed, step=self.done
+            "resumed", method=self.plan.logged, connector=self.plan.connector, seed=self.plan.seed, step=self.done
         )
 
 

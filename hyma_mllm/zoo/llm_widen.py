@@ -22,14 +22,14 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        parts = [F.linear(x, part.to(x.dtype)) for part in weight.split(_SLICE)]
+        parts = [F.linear(x, part.to(x.dtype)) for part in torch.split(weight, _SLICE)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        parts = zip(gradient.split(_SLICE, -1), weight.split(_SLICE), strict=True)
+        parts = zip(torch.split(gradient, _SLICE, -1), torch.split(weight, _SLICE), strict=True)
         first, *rest = (grad @ part.to(grad.dtype) for grad, part in parts)
         return sum(rest, first), None
 
@@ -59,10 +59,10 @@ def narrow(model: PreTrainedModel) -> PreTrainedModel:
     dtype = model.get_input_embeddings().weight.dtype
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.forward = partial(_linear_layer, module)
+            module.forward = partial(_linear_layer, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.Embedding):
             module.padding_idx = None  # only a gradient asks for it, and it would bind the number of rows
-            module.forward = partial(_embedding_layer, module, module.forward, dtype)
+            module.forward = partial(_embedding_layer, module, module.forward, dtype)  # type: ignore[method-assign]
         else:
             continue
         module.weight.data = module.weight.data.to(torch.bfloat16)
@@ -75,12 +75,12 @@ def _linear_layer(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _embedding_layer(layer: nn.Embedding, forward: Any, dtype: torch.dtype, ids: Tensor) -> Tensor:
     """The rows that are asked for, wide, through the layer's own forward: some families scale what they look up."""
-    wanted, places = ids.unique(return_inverse=True)
-    narrow = layer.weight
-    del layer._parameters["weight"]
+    wanted, places = torch.unique(ids, return_inverse=True)
+    kept = layer._parameters["weight"]
+    assert kept is not None
     try:
-        layer._parameters["weight"] = nn.Parameter(narrow[wanted].to(dtype), requires_grad=False)
+        layer._parameters["weight"] = nn.Parameter(kept[wanted].to(dtype), requires_grad=False)
         found: Tensor = forward(places)
     finally:
-        layer._parameters["weight"] = narrow
+        layer._parameters["weight"] = kept
     return found

@@ -39,6 +39,29 @@ def test_equals_the_formula(
     torch.testing.assert_close(out.double(), reference(test, train, power, centre, unit), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_each_channel_is_divided_by_its_own_rms(features: Tensor, unit: bool) -> None:
+    features = features * torch.logspace(-4, 0, 16)  # before the L2 norm: the first channels hardly vary
+    shaped = torch.nn.functional.normalize(features.double(), dim=1)
+    centred = shaped - shaped.mean(0)
+    each = centred.square().mean(0).sqrt()
+    wanted = centred / each.clamp_min(float(centred.square().mean().sqrt()) / standardise.LIFT)
+    wanted = torch.nn.functional.normalize(wanted, dim=1) if unit else wanted
+    found = Standardiser.fit(features, unit=unit, scale="each")(features)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    if not unit:
+        assert found[:, -1].square().mean() == pytest.approx(1.0, rel=1e-4)
+        assert found[:, 0].square().mean() < 0.1
+
+
+def test_a_scale_of_all_channels_is_read_from_old_files(features: Tensor) -> None:
+    fitted = Standardiser.fit(features, unit=False)
+    state = fitted.state_dict() | {"scale": fitted.scale[0].clone()}
+    other = Standardiser(16)
+    other.load_state_dict(state)
+    assert torch.equal(other(features), fitted(features))
+
+
 def test_images_lie_on_the_sphere_and_texts_have_unit_rms(features: Tensor) -> None:
     images = Standardiser.fit(features, StandardiseConfig().image_power, unit=True)(features)
     torch.testing.assert_close(images.norm(dim=1), torch.ones(len(features)))
@@ -48,11 +71,13 @@ def test_images_lie_on_the_sphere_and_texts_have_unit_rms(features: Tensor) -> N
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 6), st.booleans())
-def test_folding_is_standardising_and_then_the_linear(seed: int, outputs: int, centre: bool) -> None:
+@given(st.integers(0, 2**31), st.integers(1, 6), st.booleans(), st.sampled_from(["one", "each"]))
+def test_folding_is_standardising_and_then_the_linear(
+    seed: int, outputs: int, centre: bool, scale: standardise.Scale
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(20, 7, generator=generator, dtype=torch.float64) + 0.5
-    standardiser = Standardiser.fit(x, centre=centre, unit=False).double()
+    standardiser = Standardiser.fit(x, centre=centre, unit=False, scale=scale).double()
     linear = torch.nn.Linear(7, outputs).double()
     weight, bias = standardiser.folded(linear.weight, linear.bias)
     unit = torch.nn.functional.normalize(x, dim=1)

@@ -33,7 +33,16 @@ def grid_of(vision: list[int], text: list[int], direction: str = "text_to_vision
 def build(grid: PairGrid, spec: ConnectorSpec, seed: int = 0, **values: Any) -> Hypernetwork:
     config = HypernetworkConfig(**{"trunk": [12, 16], "condition_width": 8, "rank": 2, "chunk_rows": 4, **values})
     means = [[torch.randn(d, generator=generator(d)) for d in ds] for ds in (grid.vision_widths, grid.text_widths)]
-    return Hypernetwork(grid, spec, config, *means, seed=seed)
+    starts = starts_of(grid, spec) if config.base == "closed_form" else None
+    return Hypernetwork(grid, spec, config, *means, seed=seed, starts=starts)
+
+
+def starts_of(grid: PairGrid, spec: ConnectorSpec, seed: int = 0) -> list[dict[str, Tensor]]:
+    """A fresh connector for each pair, all different."""
+    return [
+        connectors.select(connectors.initial(spec, grid.shape(index), 1, generator(seed + index)), 0)
+        for index in range(len(grid))
+    ]
 
 
 def per_pair(groups: list[ConnectorGroup]) -> dict[int, dict[str, Tensor]]:
@@ -229,6 +238,96 @@ def test_factored_base_gives_each_layer_to_the_models_that_it_touches(depth: int
         assert marks(2) == [0] * 6
 
 
+@pytest.mark.parametrize("direction", ["text_to_vision", "vision_to_text"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("head", get_args(HeadKind))
+def test_closed_form_begins_as_its_starts(head: str, depth: int, direction: str) -> None:
+    """To the bit, whatever the mix of widths, the order and the repeats of pairs; the gradient reaches all parts."""
+    grid, spec = grid_of([6, 5, 6], [4, 7], direction), ConnectorSpec(depth, 8, "gelu")
+    network = build(grid, spec, head=head, base="closed_form")
+    starts = starts_of(grid, spec)
+    for pairs in ([0, 1, 2, 3, 4, 5], [4, 0, 4, 3], [2]):
+        found = per_pair(network(pairs))
+        torch.testing.assert_close([found[n] for n in range(len(pairs))], [starts[k] for k in pairs], atol=0, rtol=0)
+    loss_of(network, list(range(6))).backward()  # type: ignore[no-untyped-call]
+    learning = [name for name, p in network.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    first = {"dense": "weight", "chunked": "weight", "low_rank": "up"}[head]
+    for layer in network.bases:
+        assert f"heads.{layer}.{first}" in learning
+        assert all(f"bases.{layer}.terms.0.{kind}" in learning for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("head", get_args(HeadKind))
+def test_closed_form_learns_and_keeps_its_starts(head: str, depth: int) -> None:
+    grid, spec = grid_of([6, 5], [4, 7]), ConnectorSpec(depth, 8)
+    network = build(grid, spec, head=head, base="closed_form")
+    frozen = {name: value.clone() for name, value in network.named_buffers() if ".start." in name}
+    before = loss_of(network, list(range(4))).item()
+    train(network, 20)
+    assert loss_of(network, list(range(4))).item() < 0.97 * before
+    assert frozen
+    assert all(torch.equal(network.get_buffer(name), value) for name, value in frozen.items())
+
+
+def test_what_pairs_of_a_model_share_is_learnt_by_its_term() -> None:
+    """Training one pair of a linear grid moves the pairs that share a model with it, and no other."""
+    grid, spec = grid_of([5, 5], [4, 4]), ConnectorSpec(0)
+    network = build(grid, spec, base="closed_form", condition="pair")
+    with torch.no_grad():
+        for head in network.heads.parameters():
+            head.zero_()  # no delta: only the terms are left
+    before = per_pair(network(range(4)))
+    optimiser = torch.optim.SGD(network.bases.parameters(), lr=0.1)
+    loss_of(network, [0]).backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    after = per_pair(network(range(4)))
+    moved = [not torch.equal(before[k]["0.weight"], after[k]["0.weight"]) for k in range(4)]
+    assert moved == [True, True, True, False]
+
+
+def test_a_checkpoint_brings_its_own_starts() -> None:
+    grid, spec = grid_of([6, 5], [4, 7]), ConnectorSpec(1, 8)
+    config = HypernetworkConfig(base="closed_form", trunk=[12, 16], condition_width=8)
+    first = Hypernetwork(grid, spec, config, seed=1, starts=starts_of(grid, spec))
+    train(first, 2)
+    again = Hypernetwork(grid, spec, config, seed=2, starts=starts_of(grid, spec, 50))
+    again.load_state_dict(first.state_dict(), strict=True)
+    torch.testing.assert_close(per_pair(again(range(4))), per_pair(first(range(4))), atol=0, rtol=0)
+
+
+def test_starts_are_no_parameters() -> None:
+    grid, spec = grid_of([6, 5], [4, 7]), ConnectorSpec(1, 8)
+    sizes = [describe(build(grid, spec, base=base))["hypernetwork_parameters"] for base in ("factored", "closed_form")]
+    assert sizes[0] == sizes[1]
+
+
+def test_starts_of_twenty_pairs_are_predicted_by_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass runs each head and each base once for all pairs of its shape."""
+    grid, spec = grid_of([5] * 4, [4] * 5), ConnectorSpec(1, 6)
+    network = build(grid, spec, base="closed_form")
+    calls: list[int] = []
+    for layer in network.bases:
+        start = network.get_submodule(f"bases.{layer}.start")
+        start.register_forward_hook(lambda _, arguments, __: calls.append(len(arguments[0])))
+    network(range(20))
+    assert calls == [20, 20]
+
+
+def test_starts_that_do_not_fit() -> None:
+    grid, spec = grid_of([5], [4, 3]), ConnectorSpec(0)
+    closed, plain = HypernetworkConfig(base="closed_form"), HypernetworkConfig()
+    starts = starts_of(grid, spec)
+    with pytest.raises(HymaError, match=r"needs a start for every pair and got none.*set hypernetwork\.base"):
+        Hypernetwork(grid, spec, closed)
+    with pytest.raises(ValueError, match="a grid of 2 pairs has as many starts, not 1"):
+        Hypernetwork(grid, spec, closed, starts=starts[:1])
+    with pytest.raises(ValueError, match="a linear connector from 4 to 5"):
+        Hypernetwork(grid, spec, closed, starts=starts[::-1])
+    with pytest.raises(ValueError, match="only a hypernetwork of the base closed_form"):
+        Hypernetwork(grid, spec, plain, starts=starts)
+
+
 def test_output_size_does_not_follow_the_condition() -> None:
     network = build(grid_of([5], [4]), ConnectorSpec(0), condition="pair", head="dense")
     train(network, 3)
@@ -297,7 +396,7 @@ def test_torch_initialisation_leaves_the_papers_first_step() -> None:
         ({"preset": "hyam"}, "preset 'hyam' is unknown; did you mean hyma"),
         ({"condition": "pairs"}, "condition 'pairs' is unknown; did you mean pair"),
         ({"head": "lowrank"}, "did you mean low_rank"),
-        ({"base": "x"}, "known are factored, shape"),
+        ({"base": "x"}, "known are closed_form, factored, shape"),
         ({"initialisation": "torhc"}, "did you mean torch"),
         ({"condition_width": 0}, "condition_width is 0"),
         ({"rank": -1}, "rank is -1"),
@@ -318,6 +417,7 @@ def test_bad_configuration(values: dict[str, Any], message: str) -> None:
     [
         (1, {"preset": "hyper-align"}, "choose the connector linear"),
         (0, {"preset": "default", "initialisation": "torch"}, "needs the dense head and not"),
+        (0, {"preset": "hyma", "base": "closed_form", "initialisation": "torch"}, "would bury the base closed_form"),
     ],
 )
 def test_parts_that_do_not_go_together(depth: int, values: dict[str, Any], message: str) -> None:

@@ -1,5 +1,7 @@
 """A small synthetic search: encoders are random views of shared latents, so that a connector has something to learn."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hyma_mllm.hypernetwork.base import BaseKind
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig, Preset
+from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.interrupt import StopRequest
+from hyma_mllm.search.methods import Search, SearchConfig
+from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.task import VLMTask, ZeroShotSet
 
 LATENT = 12
@@ -72,3 +80,33 @@ def accelerator() -> Accelerator:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run", {"a": 1})
+
+
+@pytest.fixture
+def search(task: VLMTask, tmp_path: Path, accelerator: Accelerator) -> Callable[..., Search]:
+    """Searches of the synthetic task: a preset, a base of the hypernetwork, and changes to a quick configuration."""
+    number = 0
+
+    def make(preset: Preset = "default", base: BaseKind | None = None, **changes: object) -> Search:
+        nonlocal number
+        number += 1
+        values: dict[str, object] = {
+            "connectors": ["linear"],
+            "hidden": 16,
+            "seeds": [0],
+            "steps": 10,
+            "grid_steps": 30,
+            "batch": 16,
+            "optimiser": OptimiserConfig(lr=1e-2),
+            "rival_optimiser": OptimiserConfig(lr=1e-2),
+            "evaluate_every": 0,
+            "checkpoint_every": 0,
+        }
+        config = SearchConfig(**(values | changes))  # type: ignore[arg-type]
+        run = RunDirectory(tmp_path / f"run{number}", {})
+        objective = partial(ContrastiveObjective, ContrastiveConfig(scale=20.0))
+        network = HypernetworkConfig(preset=preset, base=base)
+        means = [x[task.train].mean(0) for x in task.images], [x.mean(0) for x in task.texts]
+        return Search(config, network, objective, task, *means, accelerator, run, StopRequest())
+
+    return make

@@ -53,3 +53,25 @@ def test_any_subset_in_any_order_is_the_same_connectors(task: VLMTask) -> None:
             assert [4, 0, 3, 1][int(group.positions[row])] == index
             for key, value in group.params.items():
                 assert torch.equal(value[row], single[index][key][0])
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp1"])
+def test_pairs_start_from_what_they_are_given_and_the_others_fresh(task: VLMTask, name: str) -> None:
+    spec = ConnectorSpec.named(name, hidden=8)
+    fresh = ConnectorBank(task.grid, spec, 0)
+    others = ConnectorBank(task.grid, spec, 1)
+    given = {k: connectors.select(others([k])[0].params, 0) for k in (4, 1)}
+    bank = ConnectorBank(task.grid, spec, 0, [given.get(k) for k in range(len(task.grid))])
+    for k in range(len(task.grid)):
+        wanted = given.get(k, connectors.select(fresh([k])[0].params, 0))
+        torch.testing.assert_close(connectors.select(bank([k])[0].params, 0), wanted, atol=0, rtol=0)
+    assert all(parameter.requires_grad for parameter in bank.parameters())
+
+
+def test_starts_that_do_not_fit(task: VLMTask) -> None:
+    spec = ConnectorSpec.named("linear")
+    with pytest.raises(ValueError, match="a bank of 6 connectors starts from as many, not from 1"):
+        ConnectorBank(task.grid, spec, 0, [None])
+    other = connectors.module(spec, (20, 17)).state_dict()
+    with pytest.raises(ValueError, match="a linear connector from 20 to 16"):
+        ConnectorBank(task.grid, spec, 0, [other, *[None] * 5])

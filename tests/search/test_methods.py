@@ -1,59 +1,22 @@
 """Each method over the synthetic task: what it trains, what it pays, what it answers."""
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from hyma_mllm.errors import HymaError
-from hyma_mllm.hypernetwork.presets import HypernetworkConfig, Preset
-from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
-from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.hypernetwork.presets import Preset
 from hyma_mllm.search.bank import ConnectorBank
-from hyma_mllm.search.interrupt import StopRequest
+from hyma_mllm.search.budget import Budget
+from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.ledger import Cost, Ledger
-from hyma_mllm.search.methods import Found, Method, Search, SearchConfig, all_connectors
-from hyma_mllm.search.optimiser import OptimiserConfig
+from hyma_mllm.search.methods import METHODS, Found, Method, Search, SearchConfig, all_connectors
 from hyma_mllm.search.samplers import PairSampling
 from hyma_mllm.search.task import VLMTask
 
 Maker = Callable[..., Search]
-
-
-def means(task: VLMTask) -> tuple[list[Tensor], list[Tensor]]:
-    return [x[task.train].mean(0) for x in task.images], [x.mean(0) for x in task.texts]
-
-
-@pytest.fixture
-def search(task: VLMTask, tmp_path: Path, accelerator: Accelerator) -> Maker:
-    number = 0
-
-    def make(preset: Preset = "default", **changes: object) -> Search:
-        nonlocal number
-        number += 1
-        values: dict[str, object] = {
-            "connectors": ["linear"],
-            "hidden": 16,
-            "seeds": [0],
-            "steps": 10,
-            "grid_steps": 30,
-            "batch": 16,
-            "optimiser": OptimiserConfig(lr=1e-2),
-            "rival_optimiser": OptimiserConfig(lr=1e-2),
-            "evaluate_every": 0,
-            "checkpoint_every": 0,
-        }
-        config = SearchConfig(**(values | changes))  # type: ignore[arg-type]
-        run = RunDirectory(tmp_path / f"run{number}", {})
-        objective = partial(ContrastiveObjective, ContrastiveConfig(scale=20.0))
-        network = HypernetworkConfig(preset=preset)
-        return Search(config, network, objective, task, *means(task), accelerator, run, StopRequest())
-
-    return make
 
 
 def untrained(search: Search, method: Method, connector: str = "linear") -> list[float]:
@@ -143,7 +106,7 @@ def test_a_grid_pair_does_not_feel_its_neighbours(search: Maker) -> None:
     some = one.run_method("random", "linear", 0, bill)
     trained = [k for k, visits in enumerate(some.outcome.visits) if visits]
     assert 0 < len(trained) < 6
-    whole, part = all_connectors(grid.network, 6), all_connectors(some.network, 6)
+    whole, part = weights_of(grid), weights_of(some)
     for name, value in whole.items():
         if int(name.split(".")[0]) in trained:
             torch.testing.assert_close(part[name], value, atol=1e-5, rtol=1e-4)
@@ -166,24 +129,29 @@ def test_the_total_is_the_sum_of_its_parts(search: Maker) -> None:
     assert evaluation.flops == wanted
 
 
+def weights_of(found: Found) -> dict[str, torch.Tensor]:
+    assert found.network is not None
+    return all_connectors(found.network, 6)
+
+
 def run_twice(search: Maker, method: Method, seeds: tuple[int, int]) -> list[Found]:
-    bill = Ledger("hyma", "mlp1", 0, {"training": Cost(flops=1e8, samples_per_pair=160)})
+    bill = Ledger("hyma", "mlp1", 0, {"training": Cost(flops=1e7, samples_per_pair=160)})
     changes = {"connectors": ["mlp1"], "pairs_per_visit": 4}
     return [search(**changes).run_method(method, "mlp1", seed, bill) for seed in seeds]
 
 
-@pytest.mark.parametrize("method", ["hyma", "grid", "constrained-grid", "random"])
+@pytest.mark.parametrize("method", ["hyma", "grid", "constrained-grid", "random", "halving", "mordal", "whitened"])
 def test_the_same_seed_gives_the_same_ranking_twice(search: Maker, method: Method) -> None:
     one, other = run_twice(search, method, (0, 0))
     assert one.ranking == other.ranking
     assert one.ledger.phases["training"].flops == other.ledger.phases["training"].flops
-    weights = [all_connectors(found.network, 6) for found in (one, other)]
+    weights = [weights_of(found) for found in (one, other)]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
 def test_another_seed_gives_another_training(search: Maker) -> None:
     one, other = run_twice(search, "hyma", (0, 1))
-    weights = [all_connectors(found.network, 6) for found in (one, other)]
+    weights = [weights_of(found) for found in (one, other)]
     assert not any(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
@@ -211,6 +179,12 @@ def test_all_connectors_are_each_pairs_own(task: VLMTask) -> None:
         ({"connectors": ["mlp"]}, "'mlp' is unknown"),
         ({"steps": 0}, "search.steps is 0"),
         ({"grid_steps": -1}, "search.grid_steps is -1"),
+        ({"similarity_rows": 1}, "search.similarity_rows is 1"),
+        ({"methods": ["hyma", "gird"]}, "There is no method gird"),
+        ({"methods": ["halving"]}, "list hyma too, or set search.budget"),
+        ({"methods": ["cka", "unimodal"]}, "training-free methods only"),
+        ({"methods": ["hyma", "random"], "budget": Budget(seconds=3)}, "how many pairs it can train"),
+        ({"methods": ["hyma"], "budget": Budget(seconds=3), "polish": PolishConfig(top=1)}, "search.polish.top to 0"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(changes: dict[str, object], sentence: str) -> None:
@@ -223,3 +197,26 @@ def test_more_than_there_is_is_refused(search: Maker) -> None:
         search(pairs_per_visit=7).run_method("hyma", "linear", 0, None)
     with pytest.raises(HymaError, match=r"search\.batch is 71 but the training split has 70 rows"):
         search(batch=71).run_method("grid", "linear", 0, None)
+
+
+def test_every_name_has_a_method_and_every_method_a_name() -> None:
+    assert list(METHODS) == list(get_args(Method))
+    assert SearchConfig().handed_over() == "hyma"
+    assert SearchConfig(methods=["cka", "whitened", "grid"]).handed_over() == "whitened"
+    assert SearchConfig(methods=["grid", "cka", "hyma"]).ordered_methods() == ["hyma", "grid", "cka"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "sentence"),
+    [
+        ({"methods": ["hyma", "cka"]}, "factored", "search.methods lists cka"),
+        ({"methods": ["whitened", "hyma"]}, "factored", "search.methods lists whitened"),
+        ({"warm_start": "ridge"}, "shape", "search.warm_start is ridge"),
+        ({}, "closed_form", "hypernetwork.base is closed_form"),
+    ],
+)
+def test_what_an_mllm_search_cannot_do_is_refused(changes: dict[str, object], base: str, sentence: str) -> None:
+    with pytest.raises(HymaError, match=sentence):
+        SearchConfig(**changes).check_causal(base)  # type: ignore[arg-type]
+    SearchConfig().check_causal("factored")
+    SearchConfig(methods=["hyma", "halving"]).check_causal(None)

@@ -17,10 +17,11 @@ from hyma_mllm.search.guard import GuardConfig
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.pair_loss import PairLoss
+from hyma_mllm.search.plan import Plan
 from hyma_mllm.search.samplers import BatchSampler, PairSampler
 from hyma_mllm.search.stability import StabilityConfig
 from hyma_mllm.search.task import VLMTask
-from hyma_mllm.search.trainer import Plan, Trainer
+from hyma_mllm.search.trainer import Trainer
 
 SPEC = ConnectorSpec.named("mlp1", hidden=16)
 

@@ -217,3 +217,56 @@ def test_agreement_of_a_method_of_the_oracle_and_of_what_did_not_run():
     assert result().agreement("hyma", "linear", "retrieval")["regret"].mean == pytest.approx(0)
     assert result().agreement("grid", "linear", "retrieval")["spearman"].mean > 0.8
     assert result().agreement("random", "linear", "retrieval") == {}
+
+
+def free(seed=0, order=(0.1, 0.9, 0.5, 0.4, 0.3, 0.2)):
+    """A ranking by similarity, which has no score of any task."""
+    return Ranking("cka", "linear", seed, {}, {}, list(order))
+
+
+def test_an_order_of_its_own_replaces_the_scores_in_every_comparison():
+    stopped = Ranking("halving", "linear", 0, {"retrieval": [9.0, 1, 1, 1, 1, 1]}, {}, [1000.0, 2001, 1003, 3, 2, 1])
+    found = result(rankings=[*result().rankings, stopped, free(1), free(0, [6.0, 5, 4, 3, 2, 1])])
+    assert stopped.order("retrieval") == [1, 2, 0, 3, 4, 5]
+    assert found.ranks_by("cka", "linear", "retrieval") == [[6, 5, 4, 3, 2, 1], [0.1, 0.9, 0.5, 0.4, 0.3, 0.2]]
+    assert found.ranks_by("grid", "linear", "retrieval") == found.scores("grid", "linear", "retrieval")
+    assert found.scores("cka", "linear", "retrieval") == found.mean_scores("cka", "linear", "retrieval") == []
+    # The oracle's means are 1, 4, 2, 3, 0, 0.5: its best pair is the second, as halving says and its scores do not.
+    assert found.agreement("halving", "linear", "retrieval")["regret"].mean == 0
+    assert found.agreement("cka", "linear", "retrieval")["regret"].mean == pytest.approx((0 + 3) / 2)
+
+
+def test_an_order_is_saved_and_an_old_file_has_none(tmp_path):
+    path = tmp_path / "ranking.json"
+    found = result(rankings=[*result().rankings, free()])
+    found.save(path)
+    assert SearchResult.load(path).rankings[-1] == free()
+    entries = json.loads(path.read_text())["rankings"]
+    assert [sorted(entry) for entry in entries[:1]] == [["connector", "details", "method", "scores", "seed"]]
+    assert entries[-1]["order_by"] == free().order_by
+    # numpy's numbers are numbers too
+    result(rankings=[free(order=np.arange(6, dtype=np.float32))]).save(path)
+    assert SearchResult.load(path).rankings[0].order_by == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("ranking", "said"),
+    [
+        (Ranking("cka", "linear", 0, {}), "has no scores for the task retrieval"),
+        (Ranking("halving", "linear", 0, {"other": [1.0] * 6}, {}, [1.0] * 6), "no scores for the task retrieval"),
+        (free(order=[1.0] * 5), "order_by holds 5 values for 6 pairs"),
+        (free(order=[math.inf] + [1.0] * 5), "order_by of pair v0,t0 is inf"),
+    ],
+)
+def test_an_order_must_be_whole(tmp_path, ranking, said):
+    with pytest.raises(HymaError, match=said):
+        result(rankings=[ranking]).save(tmp_path / "ranking.json")
+
+
+def test_nothing_is_handed_over_by_a_test_score():
+    seen = {"validation retrieval": [1.0, 2.0]}
+    assert Ranking("hyma", "linear", 0, {"retrieval": [9.0, 0.0]}, seen).hand_over_by("retrieval") == [1.0, 2.0]
+    raced = Ranking("halving", "linear", 0, {"retrieval": [9.0, 0.0]}, seen, [5.0, 3.0])
+    assert raced.hand_over_by("retrieval") == [5.0, 3.0]
+    with pytest.raises(HymaError, match="cka ranks pairs without connectors"):
+        free().hand_over_by("retrieval")

@@ -139,6 +139,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(search: Maker, looks:
     assert resumed.began == ALL[done:]
 
 
+def test_rivals_of_every_kind_are_kept_and_read_again(search: Maker) -> None:
+    one = search(methods=["cka", "halving", "whitened", "hyma"])
+    first = session.run_all(one, EMBEDDING)
+    assert [ranking.method for ranking in first[0][:4]] == ["hyma", "cka", "halving", "whitened"]
+    kept = {path.stem for path in (one.run.path / "connectors").iterdir()}
+    assert kept == {"hyma-linear-3", "halving-linear-3", "whitened-linear-3"}
+    bills = {ledger.method: ledger.phases for ledger in first[1] if ledger.seed == 3}
+    assert bills["halving"]["training"].flops <= bills["hyma"]["training"].flops
+    assert "training" not in bills["cka"]
+    one.run.close()
+    again = search(methods=["cka", "halving", "whitened", "hyma"])
+    assert session.run_all(again, EMBEDDING) == first
+    assert again.began == []
+
+
 def test_a_search_without_hyma_is_a_search(search: Maker) -> None:
     one = search(methods=["grid"])
     rankings, _ = session.run_all(one, EMBEDDING)

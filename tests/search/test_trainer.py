@@ -16,10 +16,11 @@ from hyma_mllm.search.guard import GuardConfig
 from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.pair_loss import PairLoss
+from hyma_mllm.search.plan import Plan
 from hyma_mllm.search.samplers import BatchSampler, PairSampler
 from hyma_mllm.search.stability import StabilityConfig
 from hyma_mllm.search.task import Batch, VLMTask
-from hyma_mllm.search.trainer import Plan, Trainer, check_processes
+from hyma_mllm.search.trainer import Trainer, check_processes
 
 SPEC = ConnectorSpec.named("mlp1", hidden=16)
 

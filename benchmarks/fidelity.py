@@ -1,0 +1,309 @@
+"""Does each method find the best pair, and at what price? All methods against one strong oracle, under one protocol.
+
+    python benchmarks/fidelity.py --case vlm --quick        # a quarter of an hour on two cores
+    python benchmarks/fidelity.py --case vlm --out fidelity_vlm.json
+
+The oracle (`oracle.py`) is a grid tuned for each pair on validation. A budget is a share of the FLOPs of one seed of
+it; every contestant that trains is held to the same budgets, at the same batch size. Contestants are tuned on another
+split by concept (`--split-seed 1`) than the one that is reported (2, the default here; the README's own run uses 0).
+
+Every training is a file in the run directory; killed and started again, the benchmark goes on where it was. It ends
+with tables and a picture of rank correlation and score against cost. Stored features are read, and made if missing.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from hyma_mllm import launch, mllm, vlm
+from hyma_mllm.command import hide_loading_bars
+from hyma_mllm.data.collection import collect, open_sources
+from hyma_mllm.data.library import Library
+from hyma_mllm.data.question_sets import read_questions
+from hyma_mllm.data.token_library import TokenLibrary
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.objectives.causal_lm import CausalObjective
+from hyma_mllm.objectives.contrastive import ContrastiveObjective
+from hyma_mllm.paths import write_text
+from hyma_mllm.run_directory import RunDirectory
+from hyma_mllm.search.budget import Budget
+from hyma_mllm.search.config import Method
+from hyma_mllm.search.free import labels_of
+from hyma_mllm.search.interrupt import StopRequest
+from hyma_mllm.search.methods import Search
+from hyma_mllm.search.mllm_prepare import prepare_mllm
+from hyma_mllm.search.mllm_score import score_answers
+from hyma_mllm.search.optimiser import OptimiserConfig
+from hyma_mllm.search.placement import Placement
+from hyma_mllm.search.prepare import prepare, split_rows
+
+if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
+    from benchmarks import fidelity_report, measure, oracle
+else:
+    import fidelity_report
+    import measure
+    import oracle
+
+FAMILIES = {
+    ("vlm", False): ["linear", "mlp1"],
+    ("vlm", True): ["linear"],
+    ("mllm", False): ["mlp1"],
+    ("mllm", True): ["mlp1"],
+}
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with what is changed of the configuration.
+
+    Attributes:
+        label: in tables and file names.
+        method: its name in the search.
+        search: keys of `search` that differ.
+        hypernetwork: keys of `hypernetwork` that differ.
+        trains: whether it takes a budget; the others cost what they cost, once.
+        rows: share of the training pictures that it sees, drawn at random.
+    """
+
+    label: str
+    method: Method
+    search: dict[str, Any] = field(default_factory=dict)
+    hypernetwork: dict[str, Any] = field(default_factory=dict)
+    trains: bool = True
+    rows: float = 1.0
+
+
+@dataclass
+class Bench:
+    """What the contestants of one case run on.
+
+    Attributes:
+        make: (changes of search, scale of the logits, changes of hypernetwork) -> a search.
+        unit: keeps what is finished.
+        about: of the data, for the result.
+    """
+
+    make: Callable[..., Search]
+    unit: oracle.Unit
+    about: dict[str, Any]
+
+
+VLM = (
+    Contestant("hyma", "hyma"),
+    Contestant("hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}),
+    Contestant(
+        "hyma as published", "hyma", {"sampler": "cyclic", "optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "hyma"}
+    ),
+    Contestant("constrained grid", "constrained-grid"),
+    Contestant("constrained grid, a third of the data", "constrained-grid", rows=1 / 3),
+    Contestant(
+        "one connector per shape",
+        "hyma",
+        {"optimiser": OptimiserConfig(lr=3e-3)},
+        {"preset": "default", "base": "shape", "alpha": 1e-6},
+    ),
+    Contestant("constrained grid, whitened start", "constrained-grid", {"warm_start": "whitened"}),
+    Contestant("successive halving", "halving"),
+    Contestant("Mordal-style", "mordal"),
+    Contestant("random", "random"),
+    Contestant("ridge", "ridge", trains=False),
+    Contestant("whitened", "whitened", trains=False),
+    Contestant("CKA", "cka", trains=False),
+    Contestant("mutual k-NN", "mutual-knn", trains=False),
+    Contestant("CCA", "cca", trains=False),
+    Contestant("Gromov-Wasserstein", "gromov-wasserstein", trains=False),
+    Contestant("uni-modal", "unimodal", trains=False),
+)
+
+MLLM = (
+    Contestant("hyma", "hyma"),
+    Contestant("hyma as published", "hyma", {"sampler": "cyclic"}, {"preset": "hyma"}),
+    Contestant("constrained grid", "constrained-grid"),
+    Contestant("successive halving", "halving"),
+    Contestant("random", "random"),
+)
+
+
+def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
+    """The built-in default's encoders and pictures, split anew."""
+    config, _ = launch.parse(vlm.VLMConfig, RECIPES / "vlm.yaml", arguments=[])
+    config.data = replace(config.data, split_seed=arguments.split_seed)
+    accelerator = launch.start(config)
+    sources = open_sources(config.data)
+    parts = collect(sources, config.data, arguments.run / "bad_rows.jsonl")
+    split = split_rows(parts, config.data.validation, config.data.test, config.data.split_seed)
+    if arguments.limit:
+        split = replace(split, train=split.train[:: max(1, len(split.train) // arguments.limit)][: arguments.limit])
+    images, texts = config.image_cards(), config.text_cards()
+    prepared = prepare(images, texts, parts, split, Library(config.embedding, accelerator), config.standardise)
+    run = RunDirectory(arguments.run / "log", {})
+    labels = labels_of(prepared.rows)
+
+    def make(changes: dict[str, Any], scale: float | None = None, hypernetwork: dict[str, Any] | None = None) -> Search:
+        objective = replace(config.objective, scale=scale or config.objective.scale)
+        searching = replace(config.search, evaluate_every=0, checkpoint_every=0, methods=["hyma"], **changes)
+        parts = asdict(config.hypernetwork) | (hypernetwork or {})
+        return Search(
+            searching, HypernetworkConfig(**parts), partial(ContrastiveObjective, objective), prepared.task,
+            prepared.vision_means, prepared.text_means, accelerator, run, StopRequest(), labels=labels,
+        )  # fmt: skip
+
+    rows = {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
+    grid = prepared.task.grid
+    about = {"pairs": len(grid), "vision": grid.vision_ids, "text": grid.text_ids, "splits": rows}
+    return Bench(make, unit, about)
+
+
+def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
+    """The built-in default's towers, LLMs and questions; Gemma joins with its terms accepted."""
+    terms = ["--accept-terms", *arguments.accept_terms] if arguments.accept_terms else []
+    config, _ = launch.parse(mllm.MLLMConfig, RECIPES / "mllm.yaml", mllm.SHORTCUTS, arguments=terms)
+    config.data = replace(config.data, split_seed=arguments.split_seed)
+    accelerator = launch.start(config)
+    questions = read_questions(config.data, arguments.run / "bad_rows.jsonl")
+    if arguments.limit:
+        questions.train = questions.train[: arguments.limit]
+    limits = config.llm.max_length, config.answer_batch, config.llm.longest_answer
+    load = partial(config.llm.load, device=accelerator.device)
+    library = TokenLibrary(config.tokens, accelerator)
+    task = prepare_mllm(
+        config.tower_cards(), config.llm_cards(), load, Placement(), questions, library, score_answers, *limits
+    )
+    run = RunDirectory(arguments.run / "log", {})
+
+    def make(changes: dict[str, Any], scale: float | None = None, hypernetwork: dict[str, Any] | None = None) -> Search:
+        values: dict[str, Any] = {"evaluate_every": 0, "checkpoint_every": 0, "methods": ["hyma"]} | changes
+        parts = HypernetworkConfig(**asdict(config.hypernetwork) | (hypernetwork or {}))
+        objective = partial(CausalObjective, config.objective)
+        searching = replace(config.search, **values)
+        return Search(searching, parts, objective, task, *task.means(), accelerator, run, StopRequest())
+
+    splits = {"train": len(task.train), "validation": len(task.validation)}
+    splits |= {name: len(rows) for name, rows in task.tests.items()}
+    about = {
+        "pairs": len(task.grid),
+        "vision": task.grid.vision_ids,
+        "text": task.grid.text_ids,
+        "splits": splits,
+        "blind": {name: task.blind(name) for name in task.tests},
+    }
+    return Bench(make, unit, about)
+
+
+def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Budget) -> dict[str, Any]:
+    """One run of a contestant: its order of the pairs, its scores, its bill."""
+    changes = dict(one.search) | ({"budget": budget} if one.trains else {})
+    search = bench.make(changes, None, one.hypernetwork)
+    if one.rows < 1:
+        drawn = torch.randperm(len(search.task.train), generator=torch.Generator().manual_seed(seed))
+        few = search.task.train[drawn[: round(one.rows * len(drawn))]]
+        search.task = replace(search.task, train=few)  # type: ignore[type-var]
+    found = search.run_method(one.method, connector, seed, None)
+    bill = found.ledger.total()
+    training = found.ledger.phases.get("training")
+    scores = next(iter(found.ranking.scores.values()), None)
+    return {
+        "label": one.label,
+        "connector": connector,
+        "seed": seed,
+        "budget_flops": budget.flops,
+        "order_by": found.ranking.order_by or scores,
+        "test": scores,
+        "validation": oracle.validation(found) if scores else None,
+        "flops": training.flops if training else bill.flops,
+        "seconds": training.seconds if training else bill.seconds,
+        "samples_per_pair": training.samples_per_pair if training else 0.0,
+        "steps": training.steps if training else 0,
+    }
+
+
+def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The oracle of every connector family, then every contestant at every budget and seed."""
+    candidates = oracle.CANDIDATES[arguments.case, arguments.quick]
+    oracles, runs = {}, []
+    for connector in arguments.connectors:
+        found = oracle.strong_oracle(bench.make, connector, candidates, range(100, 100 + arguments.seeds), bench.unit)
+        oracles[connector] = asdict(found)
+        todo = [
+            (one, share, seed)
+            for one in contestants
+            for share in (arguments.shares if one.trains else [0.0])
+            for seed in range(arguments.seeds if one.trains else 1)
+        ]
+        for one, share, seed in tqdm(todo, desc=f"{connector}: contestants", unit="run"):
+            budget = Budget(flops=share * found.flops if share else None)
+            name = f"{one.label}-{connector}-{share:g}-{seed}"
+            result = bench.unit(name, partial(compete, bench, one, connector, seed, budget))
+            runs.append(result | {"share": share})
+    return {"oracle": oracles, "runs": runs}
+
+
+def keeper(folder: Path) -> oracle.Unit:
+    """Work is done once: its result lies in the folder under its name."""
+
+    def unit(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = folder / f"{''.join(letter if letter.isalnum() or letter in '-.' else '_' for letter in name)}.json"
+        if not path.exists():
+            write_text(path, json.dumps(work()) + "\n")
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+
+    return unit
+
+
+def main() -> None:
+    """Run what has not run yet, and write tables and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["vlm", "mllm"], default="vlm")
+    parser.add_argument("--quick", action="store_true", help="linear connectors, a small oracle, one budget")
+    parser.add_argument("--run", type=Path, help="directory of finished trainings; default runs/fidelity-CASE")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the numbers and the machine; the picture lies beside it"
+    )
+    parser.add_argument("--connectors", nargs="+", help="default linear and mlp1, for an MLLM mlp1")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.0125, 0.025, 0.05, 0.1], help="of the oracle")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--split-seed", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=0, help="training pictures; 0 for all")
+    parser.add_argument("--accept-terms", nargs="+", default=[], help="terms of use that you accept, e.g. gemma")
+    parser.add_argument("--only", nargs="+", default=[], help="labels of contestants")
+    arguments = parser.parse_args()
+    arguments.connectors = arguments.connectors or FAMILIES[arguments.case, arguments.quick]
+    if arguments.quick:
+        arguments.shares = [0.05]
+    where = f"{arguments.case}{'-quick' if arguments.quick else ''}-split{arguments.split_seed}-rows{arguments.limit}"
+    arguments.run = (arguments.run or Path("runs/fidelity")) / where
+    hide_loading_bars()
+    machine = measure.machine("cuda" if torch.cuda.is_available() else "cpu")
+    bench = BENCHES[arguments.case](arguments, keeper(arguments.run / "units"))
+    chosen = [one for one in CONTESTANTS[arguments.case] if not arguments.only or one.label in arguments.only]
+    found = run_case(bench, chosen, arguments)
+    result = {
+        "machine": machine,
+        "case": arguments.case,
+        "about": bench.about,
+        "split_seed": arguments.split_seed,
+    } | found
+    result["table"] = fidelity_report.lines(result)
+    out = arguments.out or arguments.run / "fidelity.json"
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    console = Console(width=200)
+    for connector in arguments.connectors:
+        console.print(fidelity_report.table(result, connector))
+    print(f"Picture: {fidelity_report.picture(result, out.with_suffix('.png'))}")
+
+
+BENCHES = {"vlm": vlm_bench, "mllm": mllm_bench}
+CONTESTANTS = {"vlm": VLM, "mllm": MLLM}
+
+if __name__ == "__main__":
+    main()

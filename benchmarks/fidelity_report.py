@@ -1,0 +1,147 @@
+"""Tables and picture of `fidelity.py`: how far each ranking is from the oracle's, what it cost, what it hands over."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from hyma_mllm.search.ranking import Interval, ceiling, compare, interval
+
+SHOWN = (("spearman", "Spearman"), ("weighted_kendall", "weighted Kendall"), ("ndcg@1", "NDCG@1"),
+         ("ndcg@3", "NDCG@3"), ("ndcg@5", "NDCG@5"), ("regret", "regret"))  # fmt: skip
+MARKS = "os^vDP*Xhd<>8pH"
+
+
+def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line for each connector family, contestant and budget, means over seeds with 95 % intervals.
+
+    Of the oracle itself: one seed against the mean of the others, the ceiling of any method. `handed over` is the test
+    score of the pair that a contestant's own validation scores put first, with its own connector, less the oracle's
+    score of that very pair, and less the best of the closed forms there.
+    """
+    found = []
+    for connector, oracle in result["oracle"].items():
+        true = np.mean(oracle["scores"], axis=0)
+        best = [float(np.max(row)) for row in oracle["scores"]]
+        found.append(
+            {
+                "label": "strong oracle, seed against seed",
+                "connector": connector,
+                "share": 1.0,
+                "cost": interval([1.0]),
+                "seconds": interval([1.0]),
+                "mean score": interval([float(np.mean(row)) for row in oracle["scores"]]),
+                "best score": interval(best),
+                **ceiling(oracle["scores"]),
+            }
+        )
+        runs = [run for run in result["runs"] if run["connector"] == connector]
+        closed = [run for run in runs if run["label"] in ("ridge", "whitened")]
+        for label, share in dict.fromkeys((run["label"], run["share"]) for run in runs):
+            same = [run for run in runs if (run["label"], run["share"]) == (label, share)]
+            found.append(_line(label, share, same, oracle, true, closed))
+    return found
+
+
+def _line(
+    label: str,
+    share: float,
+    runs: Sequence[Mapping[str, Any]],
+    oracle: Mapping[str, Any],
+    true: "np.ndarray[Any, Any]",
+    closed: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "label": label,
+        "connector": runs[0]["connector"],
+        "share": share,
+        "cost": interval([run["flops"] / oracle["flops"] for run in runs]),
+        "seconds": interval([run["seconds"] / oracle["seconds"] for run in runs]),
+        **compare([run["order_by"] for run in runs], oracle["scores"]),
+    }
+    if runs[0]["test"] is not None:
+        picks = [int(np.argmax(run["validation"])) for run in runs]
+        line["mean score"] = interval([float(np.mean(run["test"])) for run in runs])
+        line["best score"] = interval([max(run["test"]) for run in runs])
+        line["handed over"] = interval([run["test"][pick] - true[pick] for run, pick in zip(runs, picks, strict=True)])
+        if closed:
+            line["over closed forms"] = interval(
+                [run["test"][p] - max(c["test"][p] for c in closed) for run, p in zip(runs, picks, strict=True)]
+            )
+    return line
+
+
+def table(result: Mapping[str, Any], connector: str) -> Table:
+    """All lines of a connector family, cheapest first."""
+    about = result["about"]
+    lines_ = [line for line in result["table"] if line["connector"] == connector]
+    found = Table(title=f"{connector}, {about['pairs']} pairs, {about['splits']['train']} training pictures")
+    names = ["method", "cost, oracle = 1", "seconds", *(name for _, name in SHOWN)]
+    names += ["mean score", "best score", "handed over - oracle", "- closed forms"]
+    for name in names:
+        found.add_column(name, justify="left" if name == "method" else "right")
+    for line in sorted(lines_, key=lambda line: (line["label"], line["share"])):
+        values = [_written(line.get(key), 3 if key != "regret" else 1) for key, _ in SHOWN]
+        values += [
+            _written(line.get(key), 1) for key in ("mean score", "best score", "handed over", "over closed forms")
+        ]
+        found.add_row(line["label"], _ratio(line["cost"]), _ratio(line["seconds"]), *values)
+    return found
+
+
+def _ratio(value: Sequence[float]) -> str:
+    return f"1/{1 / value[0]:.0f}" if 0 < value[0] < 0.67 else f"{value[0]:.2f}"
+
+
+def _written(value: Sequence[float] | None, decimals: int) -> str:
+    if value is None:
+        return ""
+    mean, low, high = Interval(*value)
+    spread = f" ± {(high - low) / 2:.{decimals}f}" if high == high else ""
+    return f"{mean:.{decimals}f}{spread}"
+
+
+def picture(result: Mapping[str, Any], path: Path) -> Path:
+    """Rank correlation and mean score against cost, a column for each connector family."""
+    import matplotlib.pyplot as plt
+
+    connectors = list(result["oracle"])
+    figure, axes = plt.subplots(2, len(connectors), figsize=(6.5 * len(connectors), 8), squeeze=False, sharex=True)
+    for column, connector in enumerate(connectors):
+        here = [line for line in result["table"] if line["connector"] == connector]
+        for row, (key, title) in enumerate(
+            (("spearman", "Spearman with the strong oracle"), ("mean score", "mean score, %"))
+        ):
+            _panel(axes[row][column], here, key)
+            axes[row][column].set_ylabel(title)
+        axes[0][column].set_title(connector)
+        axes[1][column].set_xlabel("training cost, share of the oracle's FLOPs")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _panel(axes: Any, here: Sequence[Mapping[str, Any]], key: str) -> None:
+    """One line a contestant, one point a budget; the oracle's own as a band."""
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    for number, label in enumerate(dict.fromkeys(line["label"] for line in here)):
+        points = sorted((line["cost"][0], *line[key]) for line in here if line["label"] == label and key in line)
+        if not points:
+            continue
+        if label.startswith("strong oracle"):
+            _, mean, low, high = points[0]
+            axes.axhline(mean, color="black", linestyle="--", label=label)
+            axes.axhspan(low, high, color="black", alpha=0.08)
+            continue
+        cost, mean, low, high = map(np.array, zip(*points, strict=True))
+        spread = np.nan_to_num(np.stack([mean - low, high - mean]))
+        axes.errorbar(
+            np.maximum(cost, 1e-4), mean, yerr=spread, marker=MARKS[number % len(MARKS)], label=label, capsize=2
+        )

@@ -1,0 +1,156 @@
+"""Connectors in closed form: no step of training, from means and covariances of the training rows alone.
+
+With text rows t and image rows v of the training pictures, centred covariances C_t = cov(t), C_i = cov(v) and
+M = cov(t, v), and each inverse regularised by `strength` times the mean eigenvalue of what it inverts:
+
+- `ridge`: W = M^T (C_t + lam_t)^-1, bias = mean(v) - W mean(t). It minimises the mean of |W t + b - v|^2, plus
+  lam_t |W|^2 (Hoerl and Kennard 1970), the bias free.
+- `whitened`: W = (C_i + lam_i)^-1 M^T (C_t + lam_t)^-1, bias = -W mean(t): the ridge prediction of v, compared with v
+  in the metric that whitens the images (as canonical correlation analysis whitens both sides; Hotelling 1936), so that
+  the few directions in which all pictures vary do not decide alone. Retrieval compares by the cosine, and unit rows v
+  make (W t + b) . v the bilinear score (t - mean(t))^T W^T (v - mean(v)) up to a constant per caption: this bias ranks
+  the pictures of a caption exactly by it. A mean(v) of its own in the bias would only blur that order.
+
+Directions alone matter to a loss and a score that normalise, so every connector is scaled to give training rows of
+unit RMS norm: mean |W t + b|^2 = 1. What is to be trained on from there goes through `training_start`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.search import flops
+from hyma_mllm.search.linear_start import as_connector as as_connector
+from hyma_mllm.search.linear_start import training_start as training_start
+from hyma_mllm.search.moments import ModelMoments, training_moments
+from hyma_mllm.search.task import VLMTask
+
+ClosedForm = Literal["ridge", "whitened"]
+
+LEAST_STRENGTH = 1e-6
+"""Below it a rank-deficient covariance has no reliable Cholesky factor, even in float64."""
+
+
+@dataclass
+class ClosedFormConfig:
+    """Which closed form.
+
+    Attributes:
+        kind: `ridge` (least squares from text to image) or `whitened` (both sides whitened).
+        strength: regularisation, in mean eigenvalues of the covariance that is inverted; at least 1e-6.
+
+    Raises:
+        HymaError: for a value that names no closed form.
+    """
+
+    kind: ClosedForm = "whitened"
+    strength: float = 3.0
+
+    def __post_init__(self) -> None:
+        known = get_args(ClosedForm)
+        if self.kind not in known:
+            raise HymaError(f"The closed form {self.kind!r} is unknown; {near_names(str(self.kind), known)}.")
+        if not LEAST_STRENGTH <= self.strength < math.inf:
+            raise HymaError(
+                f"The closed form's strength is {self.strength}; write a number of at least {LEAST_STRENGTH:g}, say 3."
+            )
+
+
+@dataclass
+class ClosedForms:
+    """Linear connectors of some pairs.
+
+    Attributes:
+        states: plain state dicts `{"0.weight": [d_image, d_text], "0.bias": [d_image]}`, float32 on the CPU.
+        flops: that they cost, all together.
+    """
+
+    states: list[dict[str, Tensor]]
+    flops: float
+
+
+def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] | None = None) -> ClosedForms:
+    """The linear connectors of these pairs, from the training rows alone.
+
+    Each model's covariance and factor are taken once and shared by its pairs; a pair adds one cross covariance and one
+    or two solves. All in float64. The result is always finite: a pair with a constant model, of which nothing can be
+    learnt, maps every text to one point of unit length.
+
+    Args:
+        task: features and splits.
+        config: which closed form.
+        pairs: indices in the grid; None takes all. `states` come in this order.
+
+    Raises:
+        HymaError: if no training picture has a caption, or a model's features are not finite.
+    """
+    wanted = list(range(len(task.grid))) if pairs is None else [int(index) for index in pairs]
+    whitened = config.kind == "whitened"
+    found = training_moments(task, wanted, image_covariances=whitened)
+    text_factors = {t: _factor(moments, config.strength) for t, moments in found.texts.items()}
+    image_factors = {v: _factor(moments, config.strength) for v, moments in found.images.items()} if whitened else {}
+
+    states = []
+    for index in wanted:
+        pair = task.grid.pair(index)
+        text, image = found.texts[pair.text], found.images[pair.vision]
+        target = found.cross[index].T
+        target = _solved(target, image_factors[pair.vision]) if whitened else target
+        weight = _solved(target.T, text_factors[pair.text]).T
+        bias = -weight @ text.mean if whitened else image.mean - weight @ text.mean
+        # W (C + lam) = target, so the trace of W C W^T needs no further product.
+        varying = (weight * target).sum() - _ridge(text, config.strength) * weight.square().sum()
+        states.append(_unit_rms(weight, bias, varying, text, image.mean))
+    touched = [task.grid.pair(index) for index in dict.fromkeys(wanted)]
+    bill = flops.closed_form_flops(
+        rows=(found.captions, found.pictures),
+        text_widths=[task.grid.text_widths[t] for t in found.texts],
+        image_widths=[task.grid.vision_widths[v] for v in found.images],
+        shapes=[task.grid.shape(pair.index) for pair in touched],
+        whitened=whitened,
+    )
+    return ClosedForms(states, bill)
+
+
+def _ridge(moments: ModelMoments, strength: float) -> Tensor:
+    """`strength` mean eigenvalues of the covariance."""
+    return strength * moments.covariance.diagonal().mean()
+
+
+def _factor(moments: ModelMoments, strength: float) -> Tensor | None:
+    """Cholesky factor of C + ridge * I; None for a model that does not vary."""
+    if moments.constant:
+        return None
+    lifted = moments.covariance.clone()
+    lifted.diagonal().add_(_ridge(moments, strength))
+    factor: Tensor = torch.linalg.cholesky(lifted)
+    return factor
+
+
+def _solved(right: Tensor, factor: Tensor | None) -> Tensor:
+    """(C + ridge * I)^-1 `right`; zero for a model that does not vary."""
+    return torch.zeros_like(right) if factor is None else torch.cholesky_solve(right, factor)
+
+
+def _unit_rms(
+    weight: Tensor, bias: Tensor, varying: Tensor, text: ModelMoments, image_mean: Tensor
+) -> dict[str, Tensor]:
+    """The state dict of this map at mean |W t + b|^2 = 1 over the training rows, of which `varying` is the variance."""
+    power = varying + (weight @ text.mean + bias).square().sum()
+    # A constant model leaves the products at rounding errors about the zero that they stand for.
+    if text.constant or not weight.any() or not power > 0:
+        weight, bias = torch.zeros_like(weight), _direction(image_mean)
+    else:
+        weight, bias = weight / power.sqrt(), bias / power.sqrt()
+    return {"0.weight": weight.float().cpu().contiguous(), "0.bias": bias.float().cpu()}
+
+
+def _direction(mean: Tensor) -> Tensor:
+    """`mean` [width] at unit length; the diagonal where it is zero."""
+    length = mean.norm()
+    return mean / length if length > 0 else torch.full_like(mean, len(mean) ** -0.5)

@@ -1,0 +1,140 @@
+"""Means and covariances of the training features, of all models and pairs at once, in one pass over the rows.
+
+Every picture counts once: a picture with n captions gives each of them the weight 1 / n. Sums are taken in float64
+about a pilot mean (that of the first chunk), which keeps a large common offset of the rows from drowning what varies.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyma_mllm.errors import HymaError
+from hyma_mllm.search.task import VLMTask, captions_of
+
+CHUNK_PICTURES = 1024
+"""Pictures whose features are held in float64 at once, of all models together."""
+
+CONSTANT = 1e-12
+"""A model varies if its variance is above this share of its mean square: less is the rounding of float32 features."""
+
+
+@dataclass
+class ModelMoments:
+    """What one model's training rows say on their own; float64.
+
+    Attributes:
+        mean: [width].
+        covariance: [width, width] about the mean; empty [0, 0] where nobody asked for it.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def constant(self) -> bool:
+        """Whether the rows are all the same, as far as float32 can tell; needs the covariance."""
+        return bool(self.covariance.trace() <= CONSTANT * self.mean.square().sum())
+
+
+@dataclass
+class Moments:
+    """What the closed forms need of the training rows.
+
+    Attributes:
+        texts, images: per model number; the models that the pairs touch.
+        cross: per pair index, covariance [d_text, d_image] float64 of text and image features.
+        pictures, captions: rows that were read.
+    """
+
+    texts: dict[int, ModelMoments]
+    images: dict[int, ModelMoments]
+    cross: dict[int, Tensor]
+    pictures: int
+    captions: int
+
+
+def training_moments(task: VLMTask, pairs: Sequence[int], image_covariances: bool) -> Moments:
+    """One pass over the training pictures and their captions; each model's rows are read once, whatever its pairs.
+
+    Args:
+        task: features, in memory or memory-mapped.
+        pairs: indices in the grid.
+        image_covariances: also take the covariance of every image model.
+
+    Raises:
+        HymaError: if no training picture has a caption, or a model's features are not finite.
+    """
+    counts = task.first_caption[1:] - task.first_caption[:-1]
+    pictures = task.train[counts[task.train] > 0]
+    if not len(pictures):
+        raise HymaError(
+            "No training picture has a caption, so no connector can be computed from them; add data with captions."
+        )
+    wanted = [task.grid.pair(index) for index in dict.fromkeys(pairs)]
+    images = {pair.vision: _Sums(image_covariances) for pair in wanted}
+    texts = {pair.text: _Sums(True) for pair in wanted}
+    cross: dict[int, Tensor] = {}
+    for chunk in torch.split(pictures, CHUNK_PICTURES):
+        captions, owner = captions_of(task.first_caption, chunk)
+        ones, shares = torch.ones(len(chunk), dtype=torch.float64), 1 / counts[chunk][owner].double()
+        seen = {v: sums.add(task.images[v][chunk], ones) for v, sums in images.items()}
+        said = {t: _per_picture(sums.add(task.texts[t][captions], shares), owner, chunk) for t, sums in texts.items()}
+        for pair in wanted:
+            product = said[pair.text].T @ seen[pair.vision]
+            cross[pair.index] = cross[pair.index].add_(product) if pair.index in cross else product
+    captions_read = int(counts[pictures].sum())
+    for pair in wanted:
+        shift = torch.outer(texts[pair.text].total, images[pair.vision].total) / len(pictures)
+        cross[pair.index] = (cross[pair.index] - shift) / len(pictures)
+    return Moments(
+        {t: sums.moments(len(pictures), task.grid.text_ids[t]) for t, sums in texts.items()},
+        {v: sums.moments(len(pictures), task.grid.vision_ids[v]) for v, sums in images.items()},
+        cross,
+        len(pictures),
+        captions_read,
+    )
+
+
+class _Sums:
+    """Running sums of one model's weighted rows about a pilot mean."""
+
+    def __init__(self, squares: bool) -> None:
+        self.squares = squares
+        self.pilot = self.total = self.square = torch.zeros(0)
+
+    def add(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Count rows [n, width] with weights [n]; returns the rows less the pilot, times their weights, float64."""
+        wide = rows.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)  # mps has no float64
+        weights = weights.to(wide.device)[:, None]
+        if not len(self.pilot):
+            width = wide.shape[1]
+            self.pilot = (wide * weights).sum(0) / weights.sum()
+            self.total = torch.zeros_like(self.pilot)
+            self.square = wide.new_zeros((width, width) if self.squares else (0, 0))
+        wide = wide - self.pilot
+        weighted = wide * weights
+        self.total += weighted.sum(0)
+        if self.squares:
+            self.square += weighted.T @ wide
+        return weighted
+
+    def moments(self, count: int, name: str) -> ModelMoments:
+        """The moments, for a total weight of `count`."""
+        shift = self.total / count
+        mean = self.pilot + shift
+        covariance = self.square / count - torch.outer(shift, shift) if self.squares else self.square
+        if not _finite((mean, covariance)):
+            raise HymaError(f"The training features of {name} are not all finite; embed them again, or drop the model.")
+        return ModelMoments(mean, covariance)
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _per_picture(captions: Tensor, owner: Tensor, pictures: Tensor) -> Tensor:
+    """Sums [pictures, width] of the rows [captions, width] of each picture."""
+    sums = captions.new_zeros(len(pictures), captions.shape[1])
+    return sums.index_add_(0, owner.to(captions.device), captions)

@@ -1,0 +1,79 @@
+"""Closed-form connectors as starting points, with their bill."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hyma_mllm import connectors
+from hyma_mllm.connectors import ConnectorSpec
+from hyma_mllm.errors import HymaError
+from hyma_mllm.pairs import PairGrid
+from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, closed_forms
+from hyma_mllm.search.flops import as_connector_flops
+from hyma_mllm.search.ledger import Cost, Meter
+from hyma_mllm.search.linear_start import training_start
+from hyma_mllm.search.pair_loss import SearchTask
+from hyma_mllm.search.task import VLMTask
+
+
+@dataclass
+class Starts:
+    """A connector for every pair, and what they cost.
+
+    Attributes:
+        states: plain state dict of each pair in grid order.
+        cost: FLOPs and seconds; every pair saw the training rows once.
+    """
+
+    states: list[dict[str, Tensor]]
+    cost: Cost
+
+
+def contrastive(task: SearchTask, what: str) -> VLMTask:
+    """The task, if it is one that holds the features of both sides.
+
+    Args:
+        task: of the search.
+        what: needs them, for the message.
+
+    Raises:
+        HymaError: it is another.
+    """
+    if not isinstance(task, VLMTask):
+        raise HymaError(
+            f"{what} needs stored features of both sides, and an LLM has none; take it out, or use recipes/vlm.py."
+        )
+    return task
+
+
+def closed_starts(
+    task: SearchTask, spec: ConnectorSpec, kind: ClosedForm, strength: float, accelerator: Accelerator
+) -> Starts:
+    """The closed-form connector of every pair, in a connector family.
+
+    Args:
+        task: a contrastive one.
+        spec: the connector family.
+        kind: which closed form.
+        strength: of its regularisation.
+        accelerator: of this process; the bill has its memory.
+
+    Raises:
+        HymaError: the task has no stored features of both sides.
+    """
+    features = contrastive(task, f"The closed form {kind}")
+    cost = Cost(samples_per_pair=float(len(features.train)))
+    with Meter(cost, accelerator.device):
+        found = closed_forms(features, ClosedFormConfig(kind=kind, strength=strength))
+        states = [training_start(state, spec) for state in found.states]
+    shapes = [task.grid.shape(pair) for pair in range(len(task.grid))]
+    cost.flops += found.flops + sum(as_connector_flops(spec, shape) for shape in shapes)
+    return Starts(states, cost)
+
+
+def stand_ins(grid: PairGrid, spec: ConnectorSpec) -> list[dict[str, Tensor]]:
+    """Random connectors in the place of starts, for a bill that only reads shapes."""
+    fresh = torch.Generator().manual_seed(0)
+    return [connectors.select(connectors.initial(spec, grid.shape(k), 1, fresh), 0) for k in range(len(grid))]
