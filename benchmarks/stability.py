@@ -89,7 +89,7 @@ def arms() -> dict[ArmName, Arm]:
     return {
         "before": Arm(
             HypernetworkConfig(preset="hyma", initialisation="torch"),
-            StandardiseConfig(image_power="none", centre=False),
+            StandardiseConfig(image_power="none", centre=False, text_scale="one"),
             unit_texts=True,
             objective=ContrastiveConfig(scale=100.0),
             sampler="cyclic",

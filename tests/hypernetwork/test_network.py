@@ -318,7 +318,7 @@ def test_starts_that_do_not_fit() -> None:
     grid, spec = grid_of([5], [4, 3]), ConnectorSpec(0)
     closed, plain = HypernetworkConfig(base="closed_form"), HypernetworkConfig()
     starts = starts_of(grid, spec)
-    with pytest.raises(HymaError, match=r"needs a start for every pair and got none.*set hypernetwork\.base"):
+    with pytest.raises(HymaError, match=r"needs a start for every pair and got none.*set hypernetwork\.preset"):
         Hypernetwork(grid, spec, closed)
     with pytest.raises(ValueError, match="a grid of 2 pairs has as many starts, not 1"):
         Hypernetwork(grid, spec, closed, starts=starts[:1])
