@@ -1,6 +1,5 @@
-"""HYMA, and the rivals that train a connector for each pair from its start to its end.
+"""The rivals that train a connector for each pair from its start to its end.
 
-* `hyma`: one hypernetwork for all pairs, its best pairs polished where `search.polish` says so.
 * `grid`: each pair's own connector, to the end; all pairs of one shape are stacked, the fastest grid there is.
 * `constrained-grid`: the grid at the samples per pair that HYMA gave (C-GS).
 * `random`: a random subset of the pairs, as many as the budget can train to the grid's end; the other pairs keep the

@@ -1,6 +1,6 @@
 """Every method that ranks the pairs, behind one door: `run_method(name, ...) -> Found`.
 
-HYMA and the trained grids are in `grids` and `hyma`, halving rivals in `halving` and `mordal`, those that train nothing
+HYMA is in `hyma`, the trained grids in `grids`, halving rivals in `halving` and `mordal`, those that train nothing
 in `free`.
 """
 

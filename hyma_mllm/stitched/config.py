@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
@@ -91,24 +91,45 @@ class StitchedConfig:
             raise HymaError(
                 f"{directory} has no {FILE_NAME}; name a stitched model, e.g. the best/ directory of a run."
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HymaError(f"{path} is no JSON ({error}); export the model again.") from error
-        found = raw.pop("format", None) if isinstance(raw, dict) else None
-        if found != FORMAT:
-            raise HymaError(f"{path} has format {found!r}, but this version reads {FORMAT!r}; export the model again.")
-        try:
-            return cls(**raw | _parts(raw))
-        except (KeyError, TypeError) as error:
-            known = ", ".join(f.name for f in fields(cls))
-            raise HymaError(f"{path} does not hold exactly {known} ({error}); export the model again.") from error
+        return read_written(path, FORMAT, cls, "text")
 
 
-def _parts(raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "vision": ModelCard(**raw["vision"]),
-        "text": ModelCard(**raw["text"]),
-        "connector": ConnectorSpec(**raw["connector"]),
-        "data": tuple(DataCredit(**credit) for credit in raw["data"]),
-    }
+class _Written(Protocol):
+    """A dataclass that `read_written` reads."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+C = TypeVar("C", bound=_Written)
+
+
+def read_written(path: Path, form: str, kind: type[C], second: str) -> C:
+    """What `to_json` of a stitched model wrote.
+
+    Args:
+        path: the file, which is there.
+        form: its format must be this.
+        kind: dataclass of its content: cards `vision` and `second`, a `connector`, credits `data`, and plain values.
+        second: field of the second model's card.
+
+    Raises:
+        HymaError: if it is no JSON, or of another format or content.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HymaError(f"{path} is no JSON ({error}); export the model again.") from error
+    found = raw.pop("format", None) if isinstance(raw, dict) else None
+    if found != form:
+        raise HymaError(f"{path} has format {found!r}, but this version reads {form!r}; export the model again.")
+    try:
+        parts = {
+            "vision": ModelCard(**raw["vision"]),
+            second: ModelCard(**raw[second]),
+            "connector": ConnectorSpec(**raw["connector"]),
+            "data": tuple(DataCredit(**credit) for credit in raw["data"]),
+        }
+        return kind(**raw | parts)
+    except (KeyError, TypeError) as error:
+        known = ", ".join(f.name for f in fields(kind))
+        raise HymaError(f"{path} does not hold exactly {known} ({error}); export the model again.") from error

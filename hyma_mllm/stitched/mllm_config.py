@@ -1,14 +1,14 @@
 """What a stitched MLLM knows about itself beyond what transformers reads: `hyma.json` in its directory."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
-from hyma_mllm.stitched.config import DataCredit
+from hyma_mllm.stitched.config import DataCredit, read_written
 from hyma_mllm.zoo.cards import ModelCard, base_id
 
 FILE_NAME = "hyma.json"
@@ -73,24 +73,4 @@ class MLLMConfig:
             raise HymaError(f"There is no directory {directory}; name an exported MLLM, e.g. the best/ of a run.")
         if not path.is_file():
             raise HymaError(f"{directory} has no {FILE_NAME}; name an exported MLLM, e.g. the best/ of a run.")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HymaError(f"{path} is no JSON ({error}); export the model again.") from error
-        found = raw.pop("format", None) if isinstance(raw, dict) else None
-        if found != FORMAT:
-            raise HymaError(f"{path} has format {found!r}, but this version reads {FORMAT!r}; export the model again.")
-        try:
-            return cls(**raw | _parts(raw))
-        except (KeyError, TypeError) as error:
-            known = ", ".join(f.name for f in fields(cls))
-            raise HymaError(f"{path} does not hold exactly {known} ({error}); export the model again.") from error
-
-
-def _parts(raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "vision": ModelCard(**raw["vision"]),
-        "llm": ModelCard(**raw["llm"]),
-        "connector": ConnectorSpec(**raw["connector"]),
-        "data": tuple(DataCredit(**credit) for credit in raw["data"]),
-    }
+        return read_written(path, FORMAT, cls, "llm")

@@ -1,6 +1,7 @@
 """The fidelity benchmark on the synthetic task: the oracle's choice, what is kept, the lines of its table."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ NAMES = ("fidelity", "fidelity_report", "measure", "oracle")
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     for name in NAMES:
-        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import fidelity
 
     return fidelity
