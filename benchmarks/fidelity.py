@@ -59,6 +59,9 @@ FAMILIES = {
     ("mllm", False): ["mlp1"],
     ("mllm", True): ["mlp1"],
 }
+QUICK_MLLM = {"steps": 40, "validation": 60, "tests": 100}
+"""Steps of the plain grid, validation questions and questions of each test where an MLLM case is to be quick."""
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -129,7 +132,8 @@ VLM = (
 
 MLLM = (
     Contestant("hyma", "hyma"),
-    Contestant("hyma as published", "hyma", {"sampler": "cyclic"}, {"preset": "hyma"}),
+    Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3}),
+    Contestant("hyma as published", "hyma", {"sampler": "cyclic", "pairs_per_visit": 3}, {"preset": "hyma"}),
     Contestant("constrained grid", "constrained-grid"),
     Contestant("successive halving", "halving"),
     Contestant("random", "random"),
@@ -139,7 +143,7 @@ MLLM = (
 def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     """The built-in default's encoders and pictures, split anew."""
     config, _ = launch.parse(vlm.VLMConfig, RECIPES / "vlm.yaml", arguments=[])
-    config.data = replace(config.data, split_seed=arguments.split_seed)
+    config.data, config.threads = replace(config.data, split_seed=arguments.split_seed), arguments.threads
     accelerator = launch.start(config)
     sources = open_sources(config.data)
     parts = collect(sources, config.data, arguments.run / "bad_rows.jsonl")
@@ -171,7 +175,11 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     """The built-in default's towers, LLMs and questions; Gemma joins with its terms accepted."""
     terms = ["--accept-terms", *arguments.accept_terms] if arguments.accept_terms else []
     config, _ = launch.parse(mllm.MLLMConfig, RECIPES / "mllm.yaml", mllm.SHORTCUTS, arguments=terms)
-    config.data = replace(config.data, split_seed=arguments.split_seed)
+    config.data, config.threads = replace(config.data, split_seed=arguments.split_seed), arguments.threads
+    if arguments.quick:
+        tests = dict.fromkeys(config.data.tests, QUICK_MLLM["tests"])
+        config.data = replace(config.data, tests=tests, validation_limit=QUICK_MLLM["validation"])
+        config.search = replace(config.search, grid_steps=QUICK_MLLM["steps"])
     accelerator = launch.start(config)
     questions = read_questions(config.data, arguments.run / "bad_rows.jsonl")
     if arguments.limit:
@@ -280,12 +288,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split-seed", type=int, default=2)
     parser.add_argument("--limit", type=int, default=0, help="training pictures; 0 for all")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for all cores")
     parser.add_argument("--accept-terms", nargs="+", default=[], help="terms of use that you accept, e.g. gemma")
     parser.add_argument("--only", nargs="+", default=[], help="labels of contestants")
     arguments = parser.parse_args()
     arguments.connectors = arguments.connectors or FAMILIES[arguments.case, arguments.quick]
     if arguments.quick:
-        arguments.shares = [0.05]
+        arguments.shares = [0.05] if arguments.case == "vlm" else [0.2]
     where = f"{arguments.case}{'-quick' if arguments.quick else ''}-split{arguments.split_seed}-rows{arguments.limit}"
     arguments.run = (arguments.run or Path("runs/fidelity")) / where
     hide_loading_bars()

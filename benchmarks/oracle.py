@@ -104,7 +104,8 @@ def strong_oracle(
         seeds: of the final trainings; the choice uses a seed that none of them has.
         unit: keeps what is finished.
     """
-    spare = max(seeds) + 101
+    # With one candidate there is nothing to choose, and the first seed's training says what it costs.
+    spare = max(seeds) + 101 if len(candidates) > 1 else seeds[0]
     tried = {}
     for candidate in candidates:
         name = f"oracle-choice-{connector}-{candidate.name}"
@@ -117,6 +118,9 @@ def strong_oracle(
         parts = {}
         for candidate in dict.fromkeys(best):
             members = [pair for pair in range(pairs) if best[pair] == candidate]
+            if seed == spare:
+                parts[candidate] = tried[candidate]
+                continue
             name = f"oracle-{connector}-{seed}-{candidate.name}-{'.'.join(map(str, members))}"
             work = partial(trained, make, connector, candidate, seed, members)
             parts[candidate] = unit(name, work)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.zoo.cards import ModelCard, scheme_and_address
+from hyma_mllm.zoo.llm_attention import widen_attention
 from hyma_mllm.zoo.llm_gguf import convert_gguf, gguf_card, gguf_folder
 from hyma_mllm.zoo.llm_model import Head, LanguageModel
 from hyma_mllm.zoo.llm_prefix import Prefix
@@ -151,6 +152,8 @@ def load_llm(
     model = model.to(device) if quantisation in ("none", "bf16") else close_repacking(model)
     if quantisation == "bf16":
         model = narrow(model)
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+        model = widen_attention(model)
     llm = LanguageModel(card, model, tokenizer, checkpointing)
     if llm.width != card.width:
         raise HymaError(f"{card.id} takes embeddings of width {llm.width} but its card says {card.width}.")

@@ -65,6 +65,17 @@ def test_the_oracle_takes_each_pairs_best_candidate_and_trains_once(
     assert again == found
 
 
+def test_one_candidate_is_not_tried_beforehand(
+    fidelity: ModuleType, make: Callable[..., Search], tmp_path: Path
+) -> None:
+    oracle = fidelity.oracle
+    found = oracle.strong_oracle(make, "linear", [oracle.Candidate(1e-2)], [5, 6], fidelity.keeper(tmp_path))
+    assert len(list(tmp_path.glob("oracle-*.json"))) == 2
+    wanted = [oracle.trained(make, "linear", oracle.Candidate(1e-2), seed, None) for seed in (5, 6)]
+    assert found.scores == [one["test"] for one in wanted]
+    assert found.own_flops == found.flops == wanted[0]["flops"]
+
+
 def test_a_members_score_and_bill_are_its_own_share(fidelity: ModuleType, make: Callable[..., Search]) -> None:
     oracle, candidate = fidelity.oracle, fidelity.oracle.Candidate(1e-2, warm_start="whitened")
     whole = oracle.trained(make, "linear", candidate, 3, None)
