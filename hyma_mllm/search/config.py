@@ -141,6 +141,8 @@ class SearchConfig:
             `whitened`, which is on their bill.
         closed_form: of the hypernetwork's base `closed_form`; its strength is that of the methods `ridge` and
             `whitened` and of `warm_start` too.
+        blend: shares of the way from a closed form to what HYMA trained from it; each pair takes the one with the best
+            validation score. `[1]` takes what was trained. Of no account where HYMA starts from no closed form.
         halving: of the method `halving`.
         mordal: of the method `mordal`.
         polish: of HYMA's best pairs.
@@ -168,6 +170,7 @@ class SearchConfig:
     rival_optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
     warm_start: Literal["none", "ridge", "whitened"] = "none"
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
+    blend: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
     halving: HalvingConfig = field(default_factory=HalvingConfig)
     mordal: MordalConfig = field(default_factory=MordalConfig)
     polish: PolishConfig = field(default_factory=PolishConfig)
@@ -191,6 +194,8 @@ class SearchConfig:
         ):
             if value < low:
                 raise HymaError(f"search.{name} is {value}; it takes at least {low}.")
+        if not self.blend or not all(0 <= share <= 1 for share in self.blend):
+            raise HymaError(f"search.blend is {self.blend}; list shares between 0 and 1, [1] to keep what was trained.")
         if set(self.methods) <= set(TRAINING_FREE):
             raise HymaError(
                 "search.methods lists training-free methods only, which score no task; add hyma, grid or whitened."

@@ -4,15 +4,21 @@ from dataclasses import replace
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
+from hyma_mllm.hypernetwork.network import Hypernetwork
+from hyma_mllm.search.bank import ConnectorBank
+from hyma_mllm.search.blend import blend
 from hyma_mllm.search.budget import Budget
 from hyma_mllm.search.method import Found, Setting
 from hyma_mllm.search.polish import polish, polish_price
 
 
 def hyma(search: Setting, connector: str, seed: int, budget: Budget) -> Found:
-    """One hypernetwork, for `search.steps` or as long as the budget lasts; then its best pairs are polished."""
+    """One hypernetwork, for `search.steps` or as long as the budget lasts.
+
+    Then every pair goes back to its closed form as far as that is better, and the best pairs are polished.
+    """
     config, spec = search.config, search.config.spec(connector)
-    network = search.network("hyma", spec, seed)
+    network: Hypernetwork | ConnectorBank = search.network("hyma", spec, seed)
     pairs = search.pairs(search.everything(), seed, config.sampler, config.pairs_per_visit)
     steps = config.steps
     if budget.given and budget.seconds is None:
@@ -21,13 +27,16 @@ def hyma(search: Setting, connector: str, seed: int, budget: Budget) -> Found:
     plan = search.plan("hyma", connector, seed, network, pairs, steps, seconds=budget.seconds)
     trainer = search.trainer(plan, network)
     outcome = trainer.fit()
+    starts = search.starts("hyma", spec)
+    if starts is not None and config.blend != [1.0]:
+        network = blend(search, spec, seed, network, starts.states, outcome)
     if not config.polish.top:
         return search.score("hyma", connector, seed, network, outcome)
     if config.checkpoint_every:
         trainer.checkpoint()  # so that whoever is stopped while polishing does not train again
     search.accelerator.free_memory()
-    bank, outcome = polish(search, spec, seed, network, outcome)
-    return search.score("hyma", connector, seed, bank, outcome)
+    network, outcome = polish(search, spec, seed, network, outcome)
+    return search.score("hyma", connector, seed, network, outcome)
 
 
 def _without_polish(search: Setting, spec: ConnectorSpec, budget: Budget) -> Budget:
