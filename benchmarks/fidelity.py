@@ -59,8 +59,8 @@ FAMILIES = {
     ("mllm", False): ["mlp1"],
     ("mllm", True): ["mlp1"],
 }
-QUICK_MLLM = {"steps": 40, "validation": 60, "tests": 100}
-"""Steps of the plain grid, validation questions and questions of each test where an MLLM case is to be quick."""
+QUICK_MLLM = {"steps": 40, "batch": 8, "validation": 60, "tests": 100}
+"""Of a quick MLLM case: the plain grid's steps and batch, validation questions, and questions of each test."""
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -179,7 +179,8 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     if arguments.quick:
         tests = dict.fromkeys(config.data.tests, QUICK_MLLM["tests"])
         config.data = replace(config.data, tests=tests, validation_limit=QUICK_MLLM["validation"])
-        config.search = replace(config.search, grid_steps=QUICK_MLLM["steps"])
+        config.search = replace(config.search, grid_steps=QUICK_MLLM["steps"], batch=QUICK_MLLM["batch"])
+    config.towers, config.llms = arguments.towers or config.towers, arguments.llms or config.llms
     accelerator = launch.start(config)
     questions = read_questions(config.data, arguments.run / "bad_rows.jsonl")
     if arguments.limit:
@@ -289,6 +290,8 @@ def main() -> None:
     parser.add_argument("--split-seed", type=int, default=2)
     parser.add_argument("--limit", type=int, default=0, help="training pictures; 0 for all")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for all cores")
+    parser.add_argument("--towers", nargs="+", default=[], help="of the MLLM case; the recipe's where left out")
+    parser.add_argument("--llms", nargs="+", default=[], help="of the MLLM case; the recipe's where left out")
     parser.add_argument("--accept-terms", nargs="+", default=[], help="terms of use that you accept, e.g. gemma")
     parser.add_argument("--only", nargs="+", default=[], help="labels of contestants")
     arguments = parser.parse_args()

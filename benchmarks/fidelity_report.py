@@ -11,6 +11,9 @@ from hyma_mllm.search.ranking import Interval, ceiling, compare, interval
 
 SHOWN = (("spearman", "Spearman"), ("weighted_kendall", "weighted Kendall"), ("ndcg@1", "NDCG@1"),
          ("ndcg@3", "NDCG@3"), ("ndcg@5", "NDCG@5"), ("regret", "regret"))  # fmt: skip
+LEAST_SHOWN = 0.2
+"""Rank correlations below this are drawn at it."""
+
 MARKS = "os^vDP*Xhd<>8pH"
 
 
@@ -108,7 +111,8 @@ def picture(result: Mapping[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     connectors = list(result["oracle"])
-    figure, axes = plt.subplots(2, len(connectors), figsize=(6.5 * len(connectors), 8), squeeze=False, sharex=True)
+    size = (5.5 * len(connectors) + 3, 8)
+    figure, axes = plt.subplots(2, len(connectors), figsize=size, squeeze=False, sharex=True)
     for column, connector in enumerate(connectors):
         here = [line for line in result["table"] if line["connector"] == connector]
         for row, (key, title) in enumerate(
@@ -119,7 +123,7 @@ def picture(result: Mapping[str, Any], path: Path) -> Path:
         axes[0][column].set_title(connector)
         axes[1][column].set_xlabel("training cost, share of the plain grid's FLOPs")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     figure.set_layout_engine("constrained")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -131,6 +135,8 @@ def _panel(axes: Any, here: Sequence[Mapping[str, Any]], key: str) -> None:
     """One line a contestant, one point a budget; the oracle's own as a band."""
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
+    if key == "spearman":  # what ranks by chance stands at the lower edge
+        axes.set_ylim(LEAST_SHOWN, 1.02)
     for number, label in enumerate(dict.fromkeys(line["label"] for line in here)):
         points = sorted((line["cost"][0], *line[key]) for line in here if line["label"] == label and key in line)
         if not points:
@@ -141,7 +147,12 @@ def _panel(axes: Any, here: Sequence[Mapping[str, Any]], key: str) -> None:
             axes.axhspan(low, high, color="black", alpha=0.08)
             continue
         cost, mean, low, high = map(np.array, zip(*points, strict=True))
+        if key == "spearman":
+            mean, low, high = (values.clip(LEAST_SHOWN) for values in (mean, low, high))
         spread = np.nan_to_num(np.stack([mean - low, high - mean]))
         axes.errorbar(
-            np.maximum(cost, 1e-4), mean, yerr=spread, marker=MARKS[number % len(MARKS)], label=label, capsize=2
-        )
+            np.maximum(cost, 1e-4), mean, yerr=spread, marker=MARKS[number % len(MARKS)], label=label, capsize=2,
+            color=f"C{number % 10}", alpha=1.0 if label.startswith("hyma") else 0.6,
+            linewidth=2.5 if label == "hyma" else 1.0, markersize=9 if label == "hyma" else 6,
+            zorder=3 if label.startswith("hyma") else 2,
+        )  # fmt: skip
