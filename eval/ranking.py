@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hyma_mllm import command
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.paths import write_text
 from hyma_mllm.report import format_interval
 from hyma_mllm.search.ranking import METRICS, Interval, SearchResult, ceiling, compare, known
@@ -107,8 +108,10 @@ def read_csv(path: Path) -> SeedScores:
     """
     try:
         table = pd.read_csv(path, dtype={"vision": str, "text": str}, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise HymaError(f"{path} cannot be read as csv ({error}); name a file with vision,text,score.") from error
+    except UNREADABLE as error:
+        raise HymaError(
+            f"{path} cannot be read as csv ({reason(error)}); name a file with vision,text,score."
+        ) from error
     missing = [column for column in ("vision", "text", "score") if column not in table]
     if missing:
         raise HymaError(f"{path} has no column {missing[0]}; its first line must name vision,text,score.")

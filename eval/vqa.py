@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
+from rich.markup import escape
 from rich.table import Table
 
 from hyma_mllm import command
@@ -81,10 +82,10 @@ def vqa(
         "options": options,
     }
     write_text(out.with_suffix(".scores.json"), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    table = Table("measure", "with the picture", "blind", title=f"{source.name}, {stitched.config.model_id}")
+    table = Table("measure", "with the picture", "blind", title=escape(f"{source.name}, {stitched.config.model_id}"))
     table.caption = f"{len(rows)} questions, {len(refused)} refused; percent, and counts where there is no decimal"
     for line in table_rows(scores["scores"], scores.get("blind")):
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     command.console().print(table)
 
 

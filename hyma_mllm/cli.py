@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jsonargparse
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from hyma_mllm import command
@@ -135,20 +136,20 @@ def import_features(directory: Path, target: Path) -> None:
     """
     from hyma_mllm.data.store_directory import import_directory
 
-    table = Table(title=f"Imported to {target}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"Imported to {escape(str(target))}", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("id", "kind", "rows", "width", "stored as", "MB", "store"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("rows", "width", "MB") else "left")
     for store in import_directory(directory, target):
         manifest = store.manifest
         size = sum((store.path / shard.file).stat().st_size for shard in manifest.shards)
         table.add_row(
-            manifest.model,
+            escape(manifest.model),
             manifest.kind,
             str(manifest.rows),
             str(manifest.width),
             manifest.dtype,
             f"{size / 1e6:.1f}",
-            str(store.path.relative_to(target)),
+            escape(str(store.path.relative_to(target))),
         )
     command.console().print(table)
     print(f"Search them: accelerate launch recipes/vlm.py --data.stores {target}")

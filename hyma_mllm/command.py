@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.redaction import redacted
 from hyma_mllm.search.interrupt import SearchInterruptedError
 
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
@@ -49,7 +50,7 @@ def run(main: Callable[[], None], when_full: str = "lower the batch size and run
 
 def _end(sentence: str, code: int) -> None:
     sys.stdout.flush()
-    print(sentence, file=sys.stderr, flush=True)
+    print(redacted(sentence), file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+LISTED = 100
+"""Known names that a message lists at most."""
+
 
 class HymaError(Exception):
     """A user's mistake: one sentence that names the file, the row, the value and the mend.
@@ -17,4 +20,6 @@ def near_names(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known are {', '.join(known)}"
+    # The names may be those of a user's file, which may hold any number of any length.
+    listed = ", ".join(one if len(one) <= 200 else f"{one[:197]}..." for one in known[:LISTED])
+    return f"known are {listed}" + (f" and {len(known) - LISTED} others" if len(known) > LISTED else "")

@@ -4,7 +4,7 @@ An archive is data here: it is pinned by version and hash, kept in the cache, an
 """
 
 import base64
-import gzip
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -17,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from typing import IO
 from filelock import FileLock
 
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.paths import atomic_path, cache_dir
+from hyma_mllm.redaction import redacted
 
 logger = logging.getLogger("hyma_mllm")
 
@@ -235,9 +236,11 @@ def _members(archive: Path) -> Iterator[Iterator[tuple[str, bool, Callable[[], I
         else:
             with tarfile.open(archive, "r:*") as tar:
                 yield _tar_members(tar)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError) as error:
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise  # the place it goes to, not the archive
         raise HymaError(
-            f"{archive} cannot be read as a zip or tar archive ({error}); delete it and fetch again."
+            f"{archive} cannot be read as a zip or tar archive ({reason(error)}); delete it and fetch again."
         ) from error
 
 
@@ -257,7 +260,8 @@ def _tar_members(file: tarfile.TarFile) -> Iterator[tuple[str, bool, Callable[[]
 
 def _safe_name(archive: Path, member: str) -> PurePosixPath:
     path = PurePosixPath(member)
-    if not member or path.is_absolute() or ".." in path.parts or "\\" in member or ":" in path.parts[0]:
+    parts = path.parts
+    if not parts or path.is_absolute() or ".." in parts or ":" in parts[0] or set("\\\0") & set(member):
         raise HymaError(f"The member name {member!r} of {archive} leaves the folder it belongs to; it is not opened.")
     return path
 
@@ -288,7 +292,7 @@ def _run(command: Sequence[str], package: str, client: str, folder: Path) -> str
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        last = said[-1] if said else f"exit code {done.returncode}"
+        last = redacted(said[-1]) if said else f"exit code {done.returncode}"
         # How pip words a file that --require-hashes turned down.
         other_hash = re.fullmatch(r"Got\s+([0-9a-f]{64})", last)
         if other_hash:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import parse_json
 from hyma_mllm.paths import atomic_path, write_text
 from hyma_mllm.report_answers import blind_rows, read_answers
 from hyma_mllm.report_log import Log, read_log
@@ -92,7 +93,7 @@ def write_report(run: Path) -> Path:
         embedding=shared_embedding(ledgers),
         curves=_curves(result, log),
         damaged=log.damaged,
-        examples=_examples(run),
+        examples=read_examples(run),
         answered=read_answers(run),
         blind=_blind(result),
         sides=("vision tower", "LLM") if result.case == "mllm" else ("image encoder", "text encoder"),
@@ -301,15 +302,20 @@ def _curves(result: SearchResult, log: Log) -> list[tuple[str, str]]:
     figures = []
     for connector in result.connectors:
         main = main_method(result, connector)
-        chosen = [curves for curves in log.curves if (curves.method, curves.connector) == (main, connector)]
+        ours = [curves for curves in log.curves if (curves.method, curves.connector) == (main, connector)]
+        chosen = [curves for curves in ours if curves.losses or curves.scores]
         if chosen:
             first = min(chosen, key=lambda curves: curves.seed)
             figures.append((f"{main}, {connector}, seed {first.seed}", svg_uri(curves_figure(result, first))))
     return figures
 
 
-def _examples(run: Path) -> list[dict[str, Any]]:
-    """`examples.json` with each picture inlined; a picture that is not there becomes None, and the page says so."""
+def read_examples(run: Path) -> list[dict[str, Any]]:
+    """`examples.json` with each picture inlined; a picture that is not there becomes None, and the page says so.
+
+    Raises:
+        HymaError: the file or one of its pictures is broken.
+    """
     path = run / "examples.json"
     if not path.exists():
         return []
@@ -329,9 +335,9 @@ def _examples(run: Path) -> list[dict[str, Any]]:
                     for hit in example["retrieved"]
                 ],
             }
-            for example in json.loads(path.read_text(encoding="utf-8"))
+            for example in parse_json(path.read_bytes())
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise HymaError(f"{path} is not a list of retrievals ({error}); remove it, or run the search again.") from error
 
 

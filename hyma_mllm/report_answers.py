@@ -1,6 +1,5 @@
 """The MLLM half of a report: each pair beside what its LLM says blind, and answered questions as pictures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import parse_json
 from hyma_mllm.report_pictures import inlined
 from hyma_mllm.search.ranking import SearchResult
 
@@ -23,6 +23,9 @@ def blind_rows(result: SearchResult, method: str, connector: str) -> list[dict[s
         result: of an MLLM search.
         method: whose ranking.
         connector: family.
+
+    Raises:
+        HymaError: the ranking lacks the blind scores.
     """
     chosen = [r for r in result.rankings if (r.method, r.connector) == (method, connector)]
 
@@ -30,14 +33,17 @@ def blind_rows(result: SearchResult, method: str, connector: str) -> list[dict[s
         columns = [ranking.scores | ranking.details for ranking in chosen]
         return sum(column[name][pair] for column in columns) / len(columns)
 
-    rows = [
-        {
-            "pair": " + ".join(names),
-            "scores": [(mean(task, pair), mean(f"blind {task}", pair)) for task in result.tasks],
-            "gain": mean("blind validation loss", pair) - mean("validation loss", pair),
-        }
-        for pair, names in enumerate(result.pairs)
-    ]
+    try:
+        rows = [
+            {
+                "pair": " + ".join(names),
+                "scores": [(mean(task, pair), mean(f"blind {task}", pair)) for task in result.tasks],
+                "gain": mean("blind validation loss", pair) - mean("validation loss", pair),
+            }
+            for pair, names in enumerate(result.pairs)
+        ]
+    except KeyError as error:
+        raise HymaError(f"The ranking of {method}, {connector} lacks {error}; run the search again.") from error
     return sorted(rows, key=lambda row: -row["scores"][0][0])
 
 
@@ -69,7 +75,7 @@ def read_answers(run: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
         return {
             "pairs": {kind: str(name) for kind, name in raw["pairs"].items()},
             "answers": [
@@ -77,7 +83,7 @@ def read_answers(run: Path) -> dict[str, Any] | None:
                 for entry in raw["answers"]
             ],
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # Pillow's of a broken picture: OSError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HymaError(f"{path} is not a list of answers ({error}); remove it, or run the search again.") from error
 
 

@@ -1,10 +1,11 @@
 """The learning curves in a run's `log.jsonl`, one JSON object a line."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hyma_mllm.foreign import parse_json
 
 Steps = dict[int, float]
 
@@ -57,8 +58,8 @@ def read_log(path: Path) -> Log:
             if not line.strip():
                 continue
             try:
-                _take(json.loads(line), found)
-            except (ValueError, KeyError, TypeError, AttributeError):
+                _take(parse_json(line), found)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 log.damaged.append(number)
     log.curves = list(found.values())
     return log
@@ -70,6 +71,7 @@ def _take(entry: dict[str, Any], found: dict[tuple[str, str, int], Curves]) -> N
         return
     key = (str(entry["method"]), str(entry["connector"]), int(entry["seed"]))
     step = int(entry["step"])
+    float(step)  # one that no axis can show is an OverflowError
     if event == "step":
         losses = {int(pair): float(loss) for pair, loss in entry["losses"].items() if loss is not None}
         curves = found.setdefault(key, Curves(*key))

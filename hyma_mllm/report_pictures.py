@@ -4,7 +4,7 @@ import base64
 import io
 from pathlib import Path
 
-from PIL import Image
+from hyma_mllm.data.pictures import BadPicture, open_picture
 
 THUMBNAIL = 224
 
@@ -17,16 +17,19 @@ def inlined(run: Path, name: str) -> str | None:
         name: path of the picture relative to it.
 
     Raises:
-        ValueError: the path leaves `examples/`.
+        ValueError: the path leaves `examples/`, or what lies there is no picture.
     """
     folder = (run / "examples").resolve()
-    path = (run / name).resolve()
+    path = (run / str(name)).resolve()
     if not path.is_relative_to(folder):
         raise ValueError(f"the picture {name} lies outside {folder}")
     if not path.is_file():
         return None
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.convert("RGBA").save(buffer, format="PNG", optimize=True)
+    try:
+        image = open_picture(path)
+    except BadPicture as refused:
+        raise ValueError(f"the picture {name} is refused, {refused.reason}") from refused
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -14,7 +14,9 @@ import torch
 import yaml
 
 from hyma_mllm.errors import HymaError
-from hyma_mllm.paths import write_text
+from hyma_mllm.foreign import parse_json, parse_yaml
+from hyma_mllm.paths import sweep, write_text
+from hyma_mllm.redaction import redacted_arguments
 
 PACKAGES = ("hyma_mllm", "torch", "transformers", "accelerate", "timm", "sentence-transformers", "datasets", "numpy")
 
@@ -30,7 +32,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "command": sys.argv,
+        "command": redacted_arguments(sys.argv),
     }
 
 
@@ -81,6 +83,7 @@ class RunDirectory:
         except HymaError:
             self.close()
             raise
+        sweep(path)
         write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
@@ -96,8 +99,10 @@ class RunDirectory:
         if not path.exists():
             return
         try:
-            old = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+            old = parse_yaml(path.read_text(encoding="utf-8"))
+            if not isinstance(old, dict | None):
+                raise ValueError("it holds no options")
+        except (OSError, ValueError) as error:
             raise HymaError(
                 f"{path} is not readable YAML ({error}); remove the run directory or name another."
             ) from None
@@ -134,8 +139,8 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            return parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise HymaError(f"{path} is not readable JSON ({error}); remove it and run the command again.") from None
 
     def close(self) -> None:
@@ -148,7 +153,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
     """(dotted key, old value, new value) wherever two nested configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
-        for name in sorted({*old, *new}):
+        for name in sorted({*old, *new}, key=str):
             found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
         return found
     return [] if old == new else [(key, old, new)]

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hyma_mllm import command, finetune
+from hyma_mllm import command, finetune, launch
 from hyma_mllm.finetune import FinetuneConfig
 
 
@@ -76,7 +76,8 @@ def parse() -> tuple[FinetuneConfig, bool]:
     parser.add_argument("--config", action="config", help="YAML file; later options win over it")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be trained, and stop")
     parser.add_class_arguments(FinetuneConfig)
-    found = parser.instantiate_classes(parser.parse_args())
+    with launch.readable_options():
+        found = parser.instantiate_classes(parser.parse_args())
     names = FinetuneConfig.__dataclass_fields__
     return FinetuneConfig(**{name: found[name] for name in names}), bool(found["dry_run"])
 

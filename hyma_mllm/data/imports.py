@@ -3,14 +3,12 @@
 The published sets (CC3M-558K) are one bare float32 tensor [rows, width] of unit rows per model, named `{short}.pt`.
 """
 
-import pickle
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +16,8 @@ from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.manifest import DTYPES, FeatureKind, check_values, hash_file, hash_keys
 from hyma_mllm.data.store_writer import StorePlan, StoreWriter, check_free_space, check_keys
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
+from hyma_mllm.foreign_tensors import check_plain, load_tensors
 
 IMPORT_SHARD_ROWS = 65536
 """Rows of one imported shard: the rows are there already, so that shards need not be small against a kill."""
@@ -88,6 +88,8 @@ def import_tensor(
 def _write(writer: StoreWriter, features: Tensor) -> None:
     dtype = DTYPES[writer.plan.dtype]
     with writer.lock():
+        if writer.is_finished():  # by whoever held the lock a moment ago
+            return
         writer.start()
         missing = writer.missing()
         check_free_space([(writer.path, writer.bytes_of(missing))])
@@ -106,18 +108,19 @@ def _read_tensor(path: Path) -> Tensor:
         raise HymaError(f"{path} is none of {', '.join(readers)}; convert the features to one of these.")
     try:
         return readers[path.suffix](path)
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HymaError(f"{path} cannot be read as a tensor ({reason}); write it anew.") from error
+    except UNREADABLE as error:
+        raise HymaError(f"{path} cannot be read as a tensor ({reason(error)}); write it anew.") from error
 
 
 def _read_pt(path: Path) -> Tensor:
-    # Only the zip format of torch.save can be mapped.
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    found = load_tensors(path)
     if isinstance(found, Tensor):
-        return found.detach()
-    tensors = [value for value in found.values() if isinstance(value, Tensor)] if isinstance(found, dict) else []
-    return _only(tensors, path).detach()
+        tensor = found
+    else:
+        values = found.values() if isinstance(found, dict) else ()
+        tensor = _only([value for value in values if isinstance(value, Tensor)], path)
+    check_plain(tensor)
+    return tensor.detach()
 
 
 def _read_npy(path: Path) -> Tensor:

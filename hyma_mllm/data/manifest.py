@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import build, parse_json, reason
 
 FeatureKind = Literal["image", "text", "tokens"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
@@ -21,6 +22,8 @@ KEYS_FILE = "keys.json"
 LOCK_FILE = ".lock"
 TENSOR_NAME = "features"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED_DTYPES = DTYPES | {"fp8": torch.uint8, "int8": torch.uint8}
+"""What shards may hold: plain features, or vision tokens as the bytes that `token_codes` makes of them."""
 
 UNIT_TOLERANCE = 1e-2
 """How far a norm may stand from 1: bf16 storage moves it by up to 2^-8, a feature nobody normalised by far more."""
@@ -45,7 +48,7 @@ class StoreIdentity:
         kind: image features, text features, or vision tokens (flattened to one row a picture).
         rows: number of features.
         width: entries of one feature.
-        dtype: stored as `fp32`, `fp16` or `bf16`.
+        dtype: stored as `fp32`, `fp16` or `bf16`; vision tokens also as `fp8` or `int8`.
         source: fingerprint of the rows that were embedded.
         unit_norm: True when every row claims an L2 norm of 1.
         keys_sha256: hash of the keys in order, see `hash_keys`.
@@ -94,17 +97,20 @@ class Manifest(StoreIdentity):
             HymaError: if the file is no manifest of this format.
         """
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = parse_json(path.read_bytes())
             if found.pop("format") != FORMAT:
                 raise HymaError(f"{path} was written by another format of the feature store; delete {path.parent}.")
-            shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-            manifest = cls(shards=shards, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = tuple(build(Shard, shard) for shard in found.pop("shards"))
+            manifest = build(cls, {"shards": shards, **found})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise HymaError(
-                f"{path} is not the manifest of a feature store ({error}); delete {path.parent}."
+                f"{path} is not the manifest of a feature store ({reason(error)}); delete {path.parent}."
             ) from error
-        if manifest.dtype not in DTYPES or not shards:
-            raise HymaError(f"{path} lists no shards, or a dtype {manifest.dtype!r} not of {', '.join(DTYPES)}.")
+        # A shard lies in the store; another place is not ours to read.
+        if outside := [shard.file for shard in shards if shard.file != Path(shard.file).name]:
+            raise HymaError(f"{path} names a shard {outside[0]!r} outside {path.parent}; delete {path.parent}.")
+        if manifest.dtype not in STORED_DTYPES or not shards:
+            raise HymaError(f"{path} lists no shards, or a dtype {manifest.dtype!r} not of {', '.join(STORED_DTYPES)}.")
         return manifest
 
 
@@ -123,7 +129,7 @@ def check_values(features: Tensor, keys: Sequence[str], unit_norm: bool, where: 
     """Refuse features that are not finite, or not of unit norm where that is claimed.
 
     Args:
-        features: [rows, width], floating.
+        features: [rows, width]; codes of vision tokens, which are no floating numbers, are always good.
         keys: the key of each row.
         unit_norm: whether every row must have an L2 norm of 1 (within `UNIT_TOLERANCE`).
         where: the store or the model, for the message.
@@ -131,6 +137,8 @@ def check_values(features: Tensor, keys: Sequence[str], unit_norm: bool, where: 
     Raises:
         HymaError: naming the first bad row by its key.
     """
+    if not features.is_floating_point():
+        return
     norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
     # A finite norm means finite entries; an infinite one may only be the overflow of the sum of squares.
     for row in (~torch.isfinite(norms)).nonzero()[:, 0].tolist():

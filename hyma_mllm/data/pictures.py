@@ -9,8 +9,6 @@
 """
 
 import io
-import struct
-import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -18,12 +16,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
 
 MAX_ASPECT = 20.0
 MAX_PIXELS = 100_000_000
 
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises on damaged files; `UnidentifiedImageError` is an OSError."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "TGA")
+"""What Pillow may decode. Not EPS, for which it starts another program, nor forms that hardly anybody still uses."""
 
 
 class BadPicture(Exception):  # noqa: N818 (it names the picture, not a fault of the program)
@@ -61,7 +60,9 @@ def open_picture(
     try:
         if not isinstance(image, (bytes, Path)):
             image = image.read_bytes()
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        elif isinstance(image, Path):
+            refuse_special(image)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
             _refuse_by_header(opened, max_aspect, max_pixels)
             opened.load()
             return _to_rgb(ImageOps.exif_transpose(opened))
@@ -73,8 +74,18 @@ def open_picture(
         raise BadPicture("not a picture in a known format") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"more than {max_pixels:,} pixels") from error
-    except _BROKEN as error:
-        raise BadPicture(f"cannot be decoded: {error}") from error
+    except UNREADABLE as error:
+        raise BadPicture(f"cannot be decoded: {reason(error)}") from error
+
+
+def refuse_special(file: Path) -> None:
+    """Refuse what a table may name beside files: a device, say, that gives bytes without an end.
+
+    Raises:
+        OSError: it is neither a file nor a folder, which is refused when it is opened.
+    """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError("it is a device or a pipe, not a file")
 
 
 def _refuse_by_header(picture: Image.Image, max_aspect: float, max_pixels: int) -> None:

@@ -74,7 +74,7 @@ def read_vqa(questions: Path, annotations: Path, images: Path) -> Iterator[Row]:
                 f"Question {identity} asks about picture {picture} in {questions} and about {told.text('image_id')} in "
                 f"{annotations}; give files of one release."
             )
-        padded = f"{int(picture):012d}.jpg" if picture.isdecimal() else f"{picture}.jpg"
+        padded = f"{picture.zfill(12)}.jpg" if picture.isdecimal() else f"{picture}.jpg"
         yield Row(
             key=f"{picture}#{identity}",
             image=folder.find(entry, *(f"COCO_{part}_{padded}" for part in COCO_PARTS), padded, f"{picture}.jpg"),
@@ -181,7 +181,7 @@ def scienceqa_part(row: Row) -> Literal["train", "validation", "test"]:
 
 def _turns(entry: Entry) -> tuple[tuple[str, str], ...]:
     """(question, answer) of each turn, the image tag taken out."""
-    said = [Entry(entry.file, entry.place, part) for part in entry.list("conversations") if isinstance(part, dict)]
+    said = list(entries(entry.file, entry.list("conversations"), lambda turn: f"turn {turn} of {entry.place}"))
     speakers = [part.text("from") for part in said]
     turns = [SPEAKERS.get(speaker) for speaker in speakers]
     if not turns or turns != [0, 1] * (len(turns) // 2):

@@ -1,12 +1,14 @@
 """The json files of question sets, read with checks that name the file, the row and the field."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import parse_json, reason
 
 Value = TypeVar("Value")
 
@@ -23,17 +25,18 @@ def read_json(file: Path) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         held = dict(pairs)
         if len(held) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise HymaError(f"The name {twice} stands twice in one object of {file}; make the ids unique.")
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise HymaError(f"The name {twice:.200} stands twice in one object of {file}; make the ids unique.")
         return held
 
     try:
-        return json.loads(_text(file), object_pairs_hook=once)
+        return parse_json(_text(file), once)
     except json.JSONDecodeError as error:
         raise HymaError(
             f"{file} is no json: {error.msg} in line {error.lineno}, column {error.colno}; mend or fetch it again."
         ) from error
+    except ValueError as error:
+        raise HymaError(f"{file} is no json that can be used: {reason(error)}; mend or fetch it again.") from error
 
 
 def read_json_lines(file: Path) -> Iterator[Any]:
@@ -46,11 +49,10 @@ def read_json_lines(file: Path) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise HymaError(
-                f"Line {number} of {file} is no json: {error.msg} in column {error.colno}; mend or remove the line."
-            ) from error
+            yield parse_json(line)
+        except ValueError as error:
+            said = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            raise HymaError(f"Line {number} of {file} is no json: {said}; mend or remove the line.") from error
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class PictureFolder:
         """
         key = names[-1]
         if key not in self.found:
-            there = next((path for path in (self.folder / name for name in names) if path.is_file()), None)
+            there = next((path for path in (self.folder / name for name in names) if _is_file(path)), None)
             if there is None:
                 raise HymaError(
                     f"{entry.place[:1].upper()}{entry.place[1:]} of {entry.file} asks about {key}, which is not in "
@@ -177,6 +179,13 @@ class PictureFolder:
                 )
             self.found[key] = there
         return self.found[key]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def repeated(answer: str) -> tuple[str, ...]:

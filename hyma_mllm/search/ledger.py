@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import build
 from hyma_mllm.paths import write_text
 from hyma_mllm.search.schema_files import describe, read_json
 
@@ -159,7 +160,7 @@ def load_ledgers(path: Path) -> list[Ledger]:
                 method=str(entry["method"]),
                 connector=str(entry["connector"]),
                 seed=int(entry["seed"]),
-                phases={phase: Cost(**cost) for phase, cost in entry["phases"].items()},
+                phases={phase: build(Cost, cost) for phase, cost in entry["phases"].items()},
                 batch=int(entry["batch"]),
                 shared_embedding=bool(entry["shared_embedding"]),
             )
@@ -167,7 +168,7 @@ def load_ledgers(path: Path) -> list[Ledger]:
         ]
         for ledger in ledgers:
             _check(ledger, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HymaError(f"{path} is not a ledger: {describe(error)}; write it again with a search.") from error
     return ledgers
 

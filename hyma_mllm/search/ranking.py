@@ -21,10 +21,11 @@ import numpy as np
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.paths import write_text
-from hyma_mllm.search.schema_files import describe, read_json
+from hyma_mllm.search.schema_files import check_whole, describe, read_json
 
 SCHEMA = 1
 DECIMALS = 6
+MAX_SCORE = 1e12
 
 Scores = Sequence[float]
 
@@ -160,7 +161,8 @@ class SearchResult:
 
         A ranking without any score is whole if every pair has a finite place in its order.
         """
-        pairs, seen = len(self.pairs), set()
+        # Counted before they are named: a file of a few names can claim any number of pairs.
+        pairs, seen = len(self.vision) * len(self.text), set()
         for ranking in self.rankings:
             name = f"{where}, ranking {ranking.method}/{ranking.connector}/seed {ranking.seed}"
             key = (ranking.method, ranking.connector, ranking.seed)
@@ -175,7 +177,7 @@ class SearchResult:
                 if len(values) != pairs:
                     raise HymaError(f"{name}, {column} holds {len(values)} values for {pairs} pairs; run it again.")
                 for index, value in enumerate(values):
-                    if not math.isfinite(value):
+                    if not abs(value) < MAX_SCORE:  # nor is nan
                         pair = ",".join(self.pairs[index])
                         raise HymaError(f"{name}, {column} of pair {pair} is {value}, not a number; run it again.")
 
@@ -225,9 +227,16 @@ class SearchResult:
                 config=dict(content.get("config", {})),
                 data=dict(content.get("data", {})),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise HymaError(f"{path} is not a ranking: {describe(error)}; write it again with a search.") from error
         result.check(str(path))
+        lists = {
+            "vision models": [entry["id"] for entry in result.vision],
+            "text models": [entry["id"] for entry in result.text],
+            "tasks": result.tasks,
+            "rankings": result.methods,
+        }
+        check_whole(lists, result.data, str(path))
         return result
 
 

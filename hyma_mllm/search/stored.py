@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorGroup
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import reason
 from hyma_mllm.pairs import PairGrid
 
 
@@ -30,9 +32,12 @@ class StoredConnectors:
             raise HymaError(f"{path} is missing; run the search again to make the connectors of {unit}.")
         self.grid = grid
         self._states: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(path).items():
-            index, layer = name.split(".", 1)
-            self._states.setdefault(int(index), {})[layer] = value
+        try:
+            for name, value in load_file(path).items():
+                index, layer = name.split(".", 1)
+                self._states.setdefault(int(index), {})[layer] = value
+        except (OSError, ValueError, SafetensorError) as error:
+            raise HymaError(f"{path} is damaged ({reason(error)}); run the search again to make it.") from error
 
     def state(self, index: int) -> dict[str, torch.Tensor]:
         """The plain state dict of one pair."""

@@ -8,10 +8,14 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import build, parse_json
 from hyma_mllm.zoo.cards import ModelCard, base_id
 
 FILE_NAME = "config.json"
 FORMAT = "hyma_mllm.StitchedVLM/1"
+
+MAX_WIDTH = 1 << 20
+"""Of a feature in a file; more is a lie, which would be believed by whoever makes room for it."""
 
 
 def _versions() -> dict[str, str]:
@@ -116,20 +120,29 @@ def read_written(path: Path, form: str, kind: type[C], second: str) -> C:
         HymaError: if it is no JSON, or of another format or content.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        raw = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise HymaError(f"{path} is no JSON ({error}); export the model again.") from error
     found = raw.pop("format", None) if isinstance(raw, dict) else None
     if found != form:
         raise HymaError(f"{path} has format {found!r}, but this version reads {form!r}; export the model again.")
     try:
-        parts = {
-            "vision": ModelCard(**raw["vision"]),
-            second: ModelCard(**raw[second]),
-            "connector": ConnectorSpec(**raw["connector"]),
-            "data": tuple(DataCredit(**credit) for credit in raw["data"]),
+        parts: dict[str, Any] = {
+            "vision": build(ModelCard, raw["vision"]),
+            second: build(ModelCard, raw[second]),
+            "connector": build(ConnectorSpec, raw["connector"]),
+            "data": tuple(build(DataCredit, credit) for credit in raw["data"]),
         }
-        return kind(**raw | parts)
+        made = build(kind, raw | parts)
+        sizes = [
+            parts["vision"].width,
+            parts[second].width,
+            parts["connector"].hidden + 1,
+            parts["connector"].depth + 1,
+        ]
+        if not all(0 < size <= MAX_WIDTH for size in sizes):
+            raise TypeError(f"a width or a depth is below its least or above {MAX_WIDTH}")
+        return made
     except (KeyError, TypeError) as error:
         known = ", ".join(f.name for f in fields(kind))
         raise HymaError(f"{path} does not hold exactly {known} ({error}); export the model again.") from error

@@ -4,7 +4,6 @@ Its directory is a plain transformers one (see `llava`); this class is the model
 loads from it, and the words of `hyma.json`.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
 
 from hyma_mllm.data.prompts import IMAGE_TOKEN, Prompter
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 from hyma_mllm.paths import write_text
 from hyma_mllm.stitched.directory import atomic_directory
 from hyma_mllm.stitched.llava import build_model, form_of
@@ -263,14 +263,19 @@ class StitchedMLLM(nn.Module):
             import hyma_mllm.stitched.mllm_own  # noqa: F401  (registers the class)
         try:
             model, report = AutoModelForImageTextToText.from_pretrained(
-                directory, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **options
+                directory,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
             )
-            processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except torch.OutOfMemoryError as error:
             raise HymaError(f"{directory} does not fit into the device's memory; load it on the CPU.") from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise HymaError(f"{directory} is damaged ({said}); export the model again.") from error
+        except UNREADABLE as error:
+            raise HymaError(f"{directory} is damaged ({reason(error)}); export the model again.") from error
         if report["missing_keys"]:  # transformers would go on with random ones
             lacking = sorted(report["missing_keys"])
             raise HymaError(
@@ -306,7 +311,12 @@ def check_files(directory: Path) -> None:
     index = directory / _WEIGHTS[1]
     shards = {_WEIGHTS[0]} if not index.is_file() else set()
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(parse_json(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HymaError(f"{index} is damaged ({reason(error)}); export the model again.") from error
+        if odd := [name for name in shards if not isinstance(name, str) or name != Path(name).name]:
+            raise HymaError(f"{index} names the file {odd[0]!r:.80} outside {directory}; export the model again.")
         missing += sorted(name for name in shards if not (directory / name).is_file())
     if missing:
         raise HymaError(f"{directory / missing[0]} is missing; copy the whole directory or export the model again.")
@@ -314,7 +324,7 @@ def check_files(directory: Path) -> None:
         try:
             with safe_open(directory / name, framework="pt"):
                 pass
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise HymaError(f"{directory / name} is damaged ({error}); export the model again.") from error
 
 

@@ -12,12 +12,16 @@ from tqdm import tqdm
 from hyma_mllm.data.pictures import open_picture
 from hyma_mllm.data.rows import Row
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import parse_json
 from hyma_mllm.metrics.vqa import Variant, accuracy
 from hyma_mllm.metrics.vqa_choice import multiple_choice
 from hyma_mllm.metrics.vqa_pope import pope
 from hyma_mllm.stitched.mllm import StitchedMLLM
 
 Metric = Literal["vqa", "pope", "multiple-choice"]
+
+_BEGINNING = b'{"question_id": "'
+"""Of every line that `AnswerFile` writes."""
 
 _FIELDS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
@@ -55,15 +59,17 @@ class AnswerFile:
             key = str(entry["question_id"])
             if entry["model_id"] != model_id or entry["metadata"].get("blind", False) != blind:
                 raise HymaError(
-                    f"The answer in {place} is by {entry['model_id']}, blind {entry['metadata'].get('blind', False)}, "
-                    f"and not by {model_id}, blind {blind}; name another --out or remove the file."
+                    f"The answer in {place} is by {entry['model_id']:.80}, blind "
+                    f"{entry['metadata'].get('blind', False)!r:.40}, and not by {model_id}, blind {blind}; name "
+                    "another --out or remove the file."
                 )
             if asked.get(key) != entry["prompt"]:
                 raise HymaError(
-                    f"The answer in {place} is to question {key}, {entry['prompt'][:40]!r}, which this task does not "
-                    "ask; name another --out or remove the file."
+                    f"The answer in {place} is to question {key:.80}, {entry['prompt'][:40]!r}, which this task does "
+                    "not ask; name another --out or remove the file."
                 )
             self.texts[key] = entry["text"]
+        _cut_torn_line(path)
 
     def append(self, rows: Sequence[Row], texts: Sequence[str]) -> None:
         """Write the answers to some questions behind those that are there."""
@@ -86,26 +92,45 @@ class AnswerFile:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file, a torn last one cut off on disk too."""
+    """The lines of the file without a torn last one.
+
+    Raises:
+        HymaError: it is no text, or ends in what no kill leaves there: then it is a file of something else.
+    """
     if not path.is_file():
         return []
     held = path.read_bytes()
     whole = held[: held.rfind(b"\n") + 1]
-    if len(whole) < len(held):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    torn = held[len(whole) :]
+    if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:
+        raise HymaError(f"The last line of {path} is no answer; it is a file of something else, name another --out.")
     try:
         return whole.decode("utf-8").split("\n")[:-1]  # splitlines would also part at U+2028
     except UnicodeDecodeError as error:
         raise HymaError(f"{path} is no UTF-8 text ({error}); remove it or name another --out.") from error
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Take the last line off the file on disk where a kill tore it apart; called when all others were found good."""
+    if not path.is_file():
+        return
+    held = path.read_bytes()
+    if not held.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(held.rfind(b"\n") + 1)
+
+
 def _parsed(line: str, place: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise HymaError(f"There is no JSON in {place} ({error}); remove the line.") from error
-    if not isinstance(entry, dict) or set(entry) != _FIELDS or not isinstance(entry["metadata"], dict):
+    if not (
+        isinstance(entry, dict)
+        and set(entry) == _FIELDS
+        and isinstance(entry["metadata"], dict)
+        and all(isinstance(entry[name], str) for name in ("question_id", "prompt", "text", "model_id"))
+    ):
         raise HymaError(f"There is no answer with the fields {', '.join(sorted(_FIELDS))} in {place}; remove the line.")
     return entry
 

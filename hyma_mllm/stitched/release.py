@@ -9,7 +9,6 @@ A file `{image}_mlp{depth}_{text}.pt` holds the state dict of Linear, ReLU, Line
 - any of these under the prefix `layers.`, and any of these wrapped in a dict under `model` or `model_state_dict`.
 """
 
-import pickle
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,14 +22,16 @@ from torch import Tensor, nn
 from hyma_mllm.connectors import ConnectorSpec, module
 from hyma_mllm.data.standardise import Standardiser
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import reason
+from hyma_mllm.foreign_tensors import check_plain, load_tensors
 from hyma_mllm.stitched.config import StitchedConfig
 from hyma_mllm.stitched.vlm import StitchedVLM
 from hyma_mllm.zoo.release_names import RELEASE_IMAGE_NAMES, RELEASE_TEXT_NAMES, release_zoo_id
 from hyma_mllm.zoo.text import load_text_encoder, text_card
 from hyma_mllm.zoo.vision import image_card, load_image_encoder
 
-_NAME = re.compile(r"(?P<image>.+)_mlp(?P<depth>\d+)_(?P<text>.+)")
-_KEY = re.compile(r"(?:layers\.)?(?:(?P<index>\d+)\.)?(?P<part>weight|bias)")
+_NAME = re.compile(r"(?P<image>.+)_mlp(?P<depth>\d{1,3})_(?P<text>.+)")
+_KEY = re.compile(r"(?:layers\.)?(?:(?P<index>\d{1,3})\.)?(?P<part>weight|bias)")
 _WRAPPERS = ("model", "model_state_dict")
 
 
@@ -125,11 +126,9 @@ def _state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise HymaError(f"{path}: there is no such connector file.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise HymaError(f"{path} cannot be read as plain tensors ({type(error).__name__}); fetch it again.") from error
+        state = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise HymaError(f"{path} cannot be read as plain tensors ({reason(error)}); fetch it again.") from error
     if isinstance(state, dict):
         for wrapper in _WRAPPERS:
             if isinstance(state.get(wrapper), dict):
@@ -139,8 +138,13 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise HymaError(f"{path} holds a {type(state).__name__}, not a connector's state dict.")
     wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise HymaError(f"{path}: {', '.join(wrong)} is no tensor; a connector holds weights and biases only.")
-    return state
+        raise HymaError(f"{path}: {', '.join(wrong[:9])} is no tensor; a connector holds weights and biases only.")
+    for key, value in state.items():
+        try:
+            check_plain(value)
+        except ValueError as error:
+            raise HymaError(f"{path}: {key} is no plain tensor, {error}; a connector holds no other.") from error
+    return {str(key): value for key, value in state.items()}
 
 
 def _layers(path: Path, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from hyma_mllm.data.class_sets import PLAIN_TEMPLATES, ClassSet
 from hyma_mllm.data.pictures import BadPicture, open_picture
 from hyma_mllm.data.standardise import Standardiser
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.metrics.zero_shot import class_embeddings
 from hyma_mllm.paths import write_text
 from hyma_mllm.stitched.config import FILE_NAME, StitchedConfig
@@ -201,7 +202,12 @@ class StitchedVLM(nn.Module):
         _load(standardiser, directory / "image_standardiser.safetensors")
         if not (directory / "text" / "modules.json").is_file():
             raise HymaError(f"{directory / 'text'} is no sentence-transformers directory; export the model again.")
-        text = SentenceTransformer(str(directory / "text"), device="cpu", local_files_only=True)
+        try:
+            text = SentenceTransformer(
+                str(directory / "text"), device="cpu", local_files_only=True, trust_remote_code=False
+            )
+        except UNREADABLE as error:
+            raise HymaError(f"{directory / 'text'} is damaged ({reason(error)}); export the model again.") from error
         _check_connector(text, directory / "connector.safetensors")
         found = image_card(config.vision_id)
         if found.revision != config.vision.revision:
@@ -244,7 +250,7 @@ def _load(module: nn.Module, path: Path) -> None:
         module.load_state_dict(load_file(path), strict=True)
     except FileNotFoundError as error:
         raise HymaError(f"{path} is missing; export the model again.") from error
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise HymaError(f"{path} is damaged ({str(error).splitlines()[0]}); export the model again.") from error
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.zoo.cards import ModelCard, scheme_and_address
 from hyma_mllm.zoo.llm_attention import widen_attention
 from hyma_mllm.zoo.llm_gguf import convert_gguf, gguf_card, gguf_folder
@@ -107,7 +107,7 @@ def load_tokenizer(card: ModelCard, accepted_terms: Sequence[str] = ()) -> PreTr
     folder = _folder(card)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise _unreadable(card, folder, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -147,7 +147,7 @@ def load_llm(
     tokenizer = load_tokenizer(card, accepted_terms)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _unreadable(card, folder, error) from error
     model = model.to(device) if quantisation in ("none", "bf16") else close_repacking(model)
     if quantisation == "bf16":
@@ -219,17 +219,16 @@ def _snapshot(card: ModelCard, repository: str) -> Path:
             )
         )
     except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise HymaError(f"{card.id} could not be fetched ({reason}); check the network.") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise HymaError(f"{card.id} could not be fetched ({said}); check the network.") from error
 
 
 def _width(name: str, place: TextPlace) -> int:
     where = {} if place.local else {"revision": place.revision}
     try:
         config = AutoConfig.from_pretrained(place.address, trust_remote_code=False, **where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HymaError(f"{place.address} has no config.json that transformers understands: {reason}") from error
+    except UNREADABLE as error:
+        raise HymaError(f"{place.address} has no config.json that transformers understands: {reason(error)}") from error
     width = getattr(config.get_text_config(), "hidden_size", None)
     if config.is_encoder_decoder or not isinstance(width, int):
         raise HymaError(f"{name} is a {config.model_type} model and not a causal LLM; choose one that writes text.")
@@ -237,5 +236,4 @@ def _width(name: str, place: TextPlace) -> int:
 
 
 def _unreadable(card: ModelCard, folder: Path, error: Exception) -> HymaError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return HymaError(f"{card.id} cannot be loaded from {folder}: {reason}")
+    return HymaError(f"{card.id} cannot be loaded from {folder}: {reason(error)}")

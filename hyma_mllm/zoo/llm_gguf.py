@@ -12,15 +12,20 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.packages import sha256_of
 from hyma_mllm.paths import cache_dir
 from hyma_mllm.zoo.cards import ModelCard
+from hyma_mllm.zoo.gguf_check import check_gguf
 
 logger = logging.getLogger("hyma_mllm")
 
 # What the converted weights are kept in. The rounding is far below that of the 4 to 8 bits they come from: on SmolLM2
 # it moves the next-word distribution by a divergence of 8e-5 nats and no first choice, of 85.
 STORED = torch.bfloat16
+
+MAX_WIDTH = 1 << 20
+"""Of embeddings: a header that says more is damaged."""
 
 
 def gguf_folder(revision: str) -> Path:
@@ -87,13 +92,13 @@ def dequantise(file: Path, target: Path) -> None:
     _need_gguf()
     logger.info("dequantising %s, which takes a minute and happens once", file.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        check_gguf(file)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HymaError(f"{file} cannot be read as an LLM: {reason}") from error
+    except UNREADABLE as error:
+        raise HymaError(f"{file} cannot be read as an LLM: {reason(error)}") from error
     _forget_quantisation(model)
     model.to(STORED).save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -118,14 +123,17 @@ def _header(file: Path) -> tuple[int, int, str]:
     from gguf import GGUFReader  # an optional package
 
     try:
+        check_gguf(file)
         reader = GGUFReader(file)
         architecture = reader.fields["general.architecture"].contents()
         width = int(reader.fields[f"{architecture}.embedding_length"].contents())
-    except (ValueError, KeyError, IndexError) as error:
-        raise HymaError(f"{file} is not the GGUF file of an LLM ({error}); fetch it again.") from error
-    licence = reader.fields.get("general.license")
-    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    return width, parameters, str(licence.contents()) if licence else ""
+        if not 0 < width <= MAX_WIDTH:
+            raise ValueError(f"embeddings of width {width}")
+        licence = reader.fields.get("general.license")
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return width, parameters, str(licence.contents()) if licence else ""
+    except UNREADABLE as error:
+        raise HymaError(f"{file} is not the GGUF file of an LLM ({reason(error)}); fetch it again.") from error
 
 
 @functools.cache

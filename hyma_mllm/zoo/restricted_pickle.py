@@ -1,12 +1,14 @@
 """Read a pickle that holds numpy arrays in plain containers, and nothing that could run."""
 
 import pickle
+import pickletools
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, reason
 
 # `numpy.core` was renamed to `numpy._core` in numpy 2; old files name the old place.
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -36,11 +38,24 @@ def load_arrays(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
+            _refuse_far_places(file, path.stat().st_size)
+            file.seek(0)
             loaded = _ArrayUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise HymaError(f"{path} is not a pickle of plain numpy arrays ({error}); it is not opened.") from error
-    _refuse_objects(loaded, path)
+        _refuse_objects(loaded, path)
+    except (*UNREADABLE, MemoryError) as error:
+        raise HymaError(f"{path} is not a pickle of plain numpy arrays ({reason(error)}); it is not opened.") from error
     return loaded
+
+
+def _refuse_far_places(file: IO[bytes], size: int) -> None:
+    """Refuse a pickle that remembers values under numbers larger than the file, for which Python would make room.
+
+    Raises:
+        ValueError: it does, or it is no pickle.
+    """
+    for opcode, argument, _ in pickletools.genops(file):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > size:
+            raise ValueError(f"it numbers a value {argument}")
 
 
 def _refuse_objects(value: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import UNREADABLE, reason
 from hyma_mllm.zoo.cards import ModelCard, scheme_and_address
 from hyma_mllm.zoo.packaged_text import TEXT_CARDS, convert_packaged, packaged_folder
 from hyma_mllm.zoo.text_places import fetch_snapshot, find_place
@@ -148,9 +149,8 @@ def load_text_encoder(
     folder = _folder(card)
     try:
         model = _load(card, folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HymaError(f"{card.id} cannot be loaded from {folder}: {reason}") from error
+    except UNREADABLE as error:
+        raise HymaError(f"{card.id} cannot be loaded from {folder}: {reason(error)}") from error
     encoder = TextEncoder(card, model.to(device=device, dtype=dtype))
     width = encoder.encode(["width"]).shape[1]
     if width != card.width:

@@ -1,7 +1,6 @@
 """What can be known of a text encoder in a directory or on the hub before its weights are loaded."""
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 
 # The hub's client moved from one HTTP library to the next; the name that it imports is right under either.
 _HUB_FAILS = (HTTPError, OSError)
@@ -59,8 +59,8 @@ class TextPlace:
             except _HUB_FAILS as error:
                 raise self._not_given(file, error) from error
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise HymaError(f"{path} is not JSON ({error}); save the model again.") from error
 
     def parameters(self) -> int:
@@ -81,7 +81,10 @@ class TextPlace:
         files = sorted(Path(self.address).rglob("*.safetensors"))
         if not files:
             raise HymaError(nothing)
-        return sum(_numbers(file) for file in files)
+        try:
+            return sum(_numbers(file) for file in files)
+        except (SafetensorError, OSError) as error:
+            raise HymaError(f"The weights in {self.address} are damaged ({reason(error)}); save it again.") from error
 
     def hidden_size(self, folder: str = "") -> int:
         """Width of the transformer in a folder of the place, from its config.
@@ -94,9 +97,10 @@ class TextPlace:
             where["revision"] = self.revision
         try:
             config = AutoConfig.from_pretrained(self.address, trust_remote_code=False, **where)
-        except (*_HUB_FAILS, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise HymaError(f"{self.address} has no config.json that transformers understands: {reason}") from error
+        except (*_HUB_FAILS, *UNREADABLE) as error:
+            raise HymaError(
+                f"{self.address} has no config.json that transformers understands: {reason(error)}"
+            ) from error
         width = getattr(config, "hidden_size", None)
         if not isinstance(width, int):
             raise HymaError(f"The config of {self.address} names no hidden_size; it is not a text encoder.")
@@ -107,6 +111,15 @@ class TextPlace:
         modules = self.json("modules.json")
         if modules is None:
             return self.hidden_size()
+        try:
+            return self._joined_width(modules)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise HymaError(
+                f"{self.address}/modules.json, or a config that it names, is damaged ({reason(error)}); save the model "
+                "again."
+            ) from error
+
+    def _joined_width(self, modules: Any) -> int:
         width = 0
         for module in modules:
             kind = module["type"].rsplit(".", 1)[-1]
@@ -123,8 +136,8 @@ class TextPlace:
         return width
 
     def _not_given(self, what: str, error: Exception) -> HymaError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        return HymaError(f"The hub did not give {what} of {self.address} ({reason}); check the network and try again.")
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return HymaError(f"The hub did not give {what} of {self.address} ({said}); check the network and try again.")
 
 
 def find_place(name: str, address: str) -> TextPlace:
@@ -145,9 +158,9 @@ def find_place(name: str, address: str) -> TextPlace:
         if isinstance(config, str) and any(Path(config).parent.rglob("*.safetensors")):
             snapshot = Path(config).parent  # fetched before; the hub's cache names the folder by the commit
             return TextPlace(str(snapshot), snapshot.name, local=True)
-        reason = str(error).strip().splitlines()[-1]
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise HymaError(
-            f"{name}: there is no directory {address} and the hub did not give it ({reason}); "
+            f"{name}: there is no directory {address} and the hub did not give it ({said}); "
             "check the name and the network."
         ) from error
     return TextPlace(address, str(commit), local=False)
@@ -163,8 +176,8 @@ def fetch_snapshot(name: str, repository: str, commit: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=wanted))
     except _HUB_FAILS as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise HymaError(f"{name} could not be fetched ({reason}); check the network.") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise HymaError(f"{name} could not be fetched ({said}); check the network.") from error
 
 
 def _fingerprint(folder: Path) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 from hyma_mllm.zoo.backbones import (
     TimmBackbone,
     TorchvisionBackbone,
@@ -30,7 +31,19 @@ _CROP, _RESIZED = 224, 256
 _UNREAD_POOLERS = ("vit", "deit")
 """Transformers models whose pooler, a dense layer with tanh that many checkpoints lack, is never read."""
 
-_UNREADABLE = (HTTPError, OSError, RuntimeError, ValueError, SafetensorError)
+TIMM_RESERVED = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
+
+_UNREADABLE = (HTTPError, *UNREADABLE)
 """What transformers and timm raise on a checkpoint that cannot be fetched or read, or does not fit its config."""
 
 
@@ -58,17 +71,20 @@ def open_timm(name: str, path: Path | None = None, weights: bool = True) -> Towe
         options = {"num_classes": config.get("num_classes"), "pretrained_cfg_overlay": config.get("pretrained_cfg")}
         arguments = config.get("model_args", {})
         options |= arguments
-    if not weights:
-        with torch.device("meta"):
-            model = timm.create_model(name, **options)
-    elif path is None:
-        model = _timm_from_hub(name)
-    else:
-        model = timm.create_model(name, **options)
+    try:
+        if path is None and weights:
+            model = _timm_from_hub(name)
+        else:
+            with torch.device("cpu" if weights else "meta"):
+                model = timm.create_model(name, **options)
+        pictures = resolve_model_data_config(model)
+        transform = create_transform(**pictures, is_training=False)
+    except UNREADABLE as error:
+        where = f"as {path / 'config.json'} says" if options and path else "by timm"
+        raise HymaError(f"timm:{name} cannot be built {where} ({reason(error)}); save the model again.") from error
+    if path is not None and weights:
         _fill(model, path / WEIGHTS if path.is_dir() else path, name)
     parameters = _count(model)
-    pictures = resolve_model_data_config(model)
-    transform = create_transform(**pictures, is_training=False)
     network = TimmBackbone(model, name.split(".")[0], arguments)
     return Tower(network, transform, parameters, partial(processor_of_timm, name, pictures))
 
@@ -86,9 +102,9 @@ def open_transformers(source: str, weights: bool = True) -> Tower:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         patch = getattr(config, "patch_size", None)
         if not isinstance(patch, int) or not hasattr(config, "num_hidden_layers"):
             raise HymaError(
@@ -103,6 +119,7 @@ def open_transformers(source: str, weights: bool = True) -> Tower:
                     config=config,
                     dtype=torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     output_loading_info=True,
                     **options,
                 )
@@ -144,7 +161,7 @@ def commit_of(source: str) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
         raise HymaError(
             f"hf:{source} cannot be read by transformers ({_said(error)}); check the id or the path."
@@ -195,9 +212,16 @@ def _count(model: nn.Module) -> int:
 def _timm_config(path: Path, name: str) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise HymaError(f"{path} has no config.json; give a directory in timm's layout, or the weights file itself.")
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if config.get("architecture") != name.split(".")[0]:
-        raise HymaError(f"{path} holds a {config.get('architecture')}, not a {name}; name the one that it holds.")
+    try:
+        config: dict[str, Any] = parse_json((path / "config.json").read_bytes())
+        architecture, arguments = config.get("architecture"), config.get("model_args", {})
+        # What timm takes beside the model's own options: where to fetch weights from, and code to fetch them with.
+        if reserved := {*TIMM_RESERVED} & {*arguments.keys()}:
+            raise ValueError(f"model_args may not hold {min(reserved)}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise HymaError(f"{path / 'config.json'} cannot be used ({reason(error)}); save the model again.") from error
+    if architecture != name.split(".")[0]:
+        raise HymaError(f"{path} holds a {architecture!r:.80}, not a {name}; name the one that it holds.")
     return config
 
 
@@ -222,5 +246,5 @@ def _fill(model: nn.Module, path: Path, name: str) -> None:
     except SafetensorError as error:
         raise HymaError(f"{path} is not a safetensors file ({error}); convert it first.") from error
     except RuntimeError as error:
-        said = str(error).strip().splitlines()[1].strip()
+        said = " ".join(str(error).strip().splitlines()[1:2]).strip()
         raise HymaError(f"The weights in {path} are not those of a {name} ({said[:200]}); name their model.") from error

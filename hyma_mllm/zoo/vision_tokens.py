@@ -15,7 +15,7 @@ Names are those of image encoders with `:112px` (a smaller input), `:pool2` (mea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -105,12 +105,28 @@ def tower_card(name: str) -> ModelCard:
         return replace(packaged_card(parsed.base), id=name, tokens=tokens, width=width, resolution=side)
     card = image_card(parsed.base)
     side = parsed.side or card.resolution or 0
+    tokens, width = _shape(name, side, card.revision)
+    return replace(card, id=name, tokens=tokens, width=width, resolution=side)
+
+
+@lru_cache(maxsize=256)
+def _shape(name: str, side: int, revision: str) -> tuple[int, int]:
+    """Tokens and width of a tower; found once in a process, for a configuration asks for its cards again and again.
+
+    Args:
+        name: of the tower.
+        side: of its pictures.
+        revision: of its files, so that others behind the same name are looked at again.
+
+    Raises:
+        HymaError: as `tower_card`.
+    """
+    parsed = parse_tower_name(name)
     tower = open_network(parsed.base, weights=False)
     tower.processor(side)  # refuses pictures that no processor makes, before any weights are fetched
     network = _at_side(tower, name, side)
-    reading = _reading(network, name, parsed, side)
-    found = read_tokens(network, _blank(network, side), reading, name)
-    return replace(card, id=name, tokens=found.shape[1], width=found.shape[2], resolution=side)
+    found = read_tokens(network, _blank(network, side), _reading(network, name, parsed, side), name)
+    return found.shape[1], found.shape[2]
 
 
 def load_tower(

@@ -41,7 +41,7 @@ def test_order_is_best_first_with_ties_in_grid_order():
 
 def test_save_and_load_give_the_same_result_and_the_same_bytes(tmp_path):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    result(data={"rows": 5, "b": [(1, -0.0)]}).save(one)
+    result(data={"rows": {"train": 5}, "b": [(1, -0.0)]}).save(one)
     loaded = SearchResult.load(one)
     loaded.save(two)
     assert one.read_bytes() == two.read_bytes()

@@ -217,7 +217,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HymaError, match="not a safetensors file"):
         load_image_encoder(f"timm:test_vit@{file}")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet"}))
-    with pytest.raises(HymaError, match="holds a test_resnet"):
+    with pytest.raises(HymaError, match="holds a 'test_resnet'"):
         load_image_encoder(f"timm:test_vit@{tmp_path}")
 
 
