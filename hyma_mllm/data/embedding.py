@@ -1,14 +1,18 @@
 """Embedding a source into feature stores: each item once, one forward for every store that it feeds.
 
-Notable: resumes at the first missing shard; decoding overlaps with the forward pass; shards are dealt to the processes
-of an Accelerate launch; NaN, a wrong width and a full disk are refused with nothing half-written.
+Notable: resumes at the shards that are missing; decoding overlaps with the forward pass; any number of processes share
+the shards, those of one Accelerate launch and others that were started on the same cache, and take over what a killed
+one leaves; one line tells how far they are together; NaN, a wrong width and a full disk are refused with nothing
+half-written. Batches never cross a shard, so that the bytes do not depend on who computed what, and when.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -16,10 +20,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm import tqdm
 
 from hyma_mllm.data.features import FeatureStore
-from hyma_mllm.data.manifest import DTYPES, DtypeName, FeatureKind, check_values, hash_keys
+from hyma_mllm.data.job_progress import JobProgress
+from hyma_mllm.data.manifest import STORED_DTYPES, DtypeName, FeatureKind, check_values, hash_keys
+from hyma_mllm.data.shared_shards import SharedShards, Taken
 from hyma_mllm.data.store_writer import StorePlan, StoreWriter, check_free_space, check_keys
 from hyma_mllm.data.threads import in_order
 from hyma_mllm.errors import HymaError
@@ -32,8 +37,8 @@ R = TypeVar("R")
 PREFETCHED_BATCHES = 2
 """Batches that the decoding threads may be ahead of the forward pass."""
 
-Todo = dict[int, list[str]]
-"""Shard number -> the targets that lack it."""
+WAIT_SECONDS = 0.5
+"""How often to look whether others are done with the last shards, or gone."""
 
 
 @dataclass
@@ -99,13 +104,14 @@ def embed(
         source: fingerprint of the items.
         config: batches, shards, precision, threads.
         label: what the progress bar says.
-        accelerator: deals the shards to its processes; None for a single process.
+        accelerator: of a launch whose processes all make this call; None for a process by itself. Processes that know
+            nothing of each other may make the same call at the same time, and share the work.
 
     Returns:
         target name -> the finished and verified store.
 
     Raises:
-        HymaError: if the keys are empty or not unique, a target's directory holds another store or is being written by
+        HymaError: if the keys are empty or not unique, a target's directory holds another store or is locked by
             another run, the disk is full, or a feature is not finite, of the wrong width, or not of the claimed norm.
     """
     check_keys(keys, f"the source of {label}")
@@ -114,17 +120,22 @@ def embed(
     writers = {
         name: StoreWriter(target.path, _plan(target, keys, source, config), keys) for name, target in targets.items()
     }
-    with ExitStack() as locks:
-        todo, unfinished = _on_main(accelerator, lambda: _prepare(writers, locks))
+    unfinished = _on_main(accelerator, lambda: _begin(writers))
+    if unfinished:
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         device = accelerator.device.type if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
-        mine = {shard: todo[shard] for shard in sorted(todo)[rank::world]}
         autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=config.compute_dtype == "bf16")
-        with torch.inference_mode(), autocast:
-            _embed_shards(mine, load, forward, writers, config, label, quiet=rank > 0)
+        left = {name: writers[name] for name in unfinished}
+        with (
+            SharedShards(left, start=rank / world) as shards,
+            JobProgress(shards, len(keys), label, quiet=rank > 0) as progress,
+            torch.inference_mode(),
+            autocast,
+        ):
+            _embed_shards(shards, load, forward, left, config, progress)
         if accelerator:
             accelerator.wait_for_everyone()
-        _on_main(accelerator, lambda: _finish([writers[name] for name in unfinished]))
+        _on_main(accelerator, lambda: _finish(left.values()))
     return {name: FeatureStore.open(target.path) for name, target in targets.items()}
 
 
@@ -144,35 +155,30 @@ def _plan(target: StoreTarget, keys: Sequence[str], source: str, config: Embeddi
     )
 
 
-def _prepare(writers: Mapping[str, StoreWriter], locks: ExitStack) -> tuple[Todo, list[str]]:
-    """Lock and begin what is unfinished; the shards to embed with the targets that lack them, and those targets."""
-    todo: Todo = {}
-    unfinished = []
+def _begin(writers: Mapping[str, StoreWriter]) -> list[str]:
+    """Begin what is unfinished, or join those who have; the names of these targets."""
+    needs = {}
     for name, writer in writers.items():
-        if writer.is_finished():
+        if writer.is_finished() and writer.is_cleared():
             continue
-        locks.enter_context(writer.lock())
-        if writer.is_finished():  # by the run that held the lock a moment ago
-            continue
-        writer.start()
-        unfinished.append(name)
+        with writer.lock():
+            if writer.is_finished():  # by whoever held the lock a moment ago, or was killed before it was cleared
+                writer.clear_away()
+                continue
+            writer.start()
         missing = writer.missing()
         if len(missing) < writer.shards:
             logger.info("%s goes on with %d of %d shards left", writer.path, len(missing), writer.shards)
-        for shard in missing:
-            todo.setdefault(shard, []).append(name)
-    check_free_space(
-        [
-            (writers[name].path, writers[name].bytes_of([shard for shard, names in todo.items() if name in names]))
-            for name in unfinished
-        ]
-    )
-    return todo, unfinished
+        needs[name] = (writer.path, writer.bytes_of(missing))
+    check_free_space(list(needs.values()))
+    return list(needs)
 
 
 def _finish(writers: Iterable[StoreWriter]) -> None:
     for writer in writers:
-        writer.finish()
+        with writer.lock():
+            if not writer.is_finished():
+                writer.finish()
 
 
 def _on_main(accelerator: Accelerator | None, work: Callable[[], R]) -> R:
@@ -193,40 +199,59 @@ def _on_main(accelerator: Accelerator | None, work: Callable[[], R]) -> R:
 
 
 def _embed_shards(
-    todo: Todo,
+    shards: SharedShards,
     load: Callable[[int], T],
     forward: Callable[[list[T]], Mapping[str, Tensor]],
     writers: Mapping[str, StoreWriter],
     config: EmbeddingConfig,
-    label: str,
-    quiet: bool,
+    progress: JobProgress,
 ) -> None:
-    """Embed the shards of this process and write each as it is full."""
-    if not todo:
-        return
-    rows_of = next(iter(writers.values())).rows_of  # the same for every target
-    # Batches never cross a shard: a resumed run then forwards the same batches, and its bits agree.
-    batches = {
-        shard: [rows[at : at + config.batch_size] for at in range(0, len(rows), config.batch_size)]
-        for shard, rows in ((shard, rows_of(shard)) for shard in todo)
-    }
-    ordered = [item for shard in todo for batch in batches[shard] for item in batch]
-    with (
-        closing(in_order(load, ordered, config.workers, PREFETCHED_BATCHES * config.batch_size)) as loaded,
-        tqdm(total=len(ordered), desc=label, unit="item", disable=quiet) as bar,
-    ):
-        began = time.perf_counter()
-        for shard, names in todo.items():
-            pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-            for batch in batches[shard]:
-                outputs = forward([next(loaded) for _ in batch])
-                for name in names:
-                    pieces[name].append(_stored(outputs[name], batch, writers[name]))
-                bar.update(len(batch))
-            seconds = (time.perf_counter() - began) / len(names)
-            for name in names:
-                writers[name].write(shard, torch.cat(pieces[name]), seconds)
+    """Embed and write what can be had of the shards, until all are there."""
+    while not shards.is_done():
+        taken = deque[Taken]()
+        items = _items(shards, taken)
+        with closing(in_order(load, items, config.workers, PREFETCHED_BATCHES * config.batch_size)) as loaded:
             began = time.perf_counter()
+            for first in loaded:
+                shard = taken.popleft()
+                pieces = _embed_shard(chain([first], loaded), shard, forward, writers, config, shards, progress)
+                seconds = (time.perf_counter() - began) / len(pieces)
+                for name, features in pieces.items():
+                    writers[name].write(shard.shard, features, seconds)
+                shards.release(shard)
+                began = time.perf_counter()
+        progress.look()
+        if not shards.is_done():  # others have the rest
+            time.sleep(WAIT_SECONDS)
+
+
+def _items(shards: SharedShards, taken: deque[Taken]) -> Iterator[int]:
+    """The items of one shard after another, each claimed when its first item is asked for and put behind `taken`."""
+    while (shard := shards.take()) is not None:
+        taken.append(shard)
+        yield from shards.rows_of(shard.shard)
+
+
+def _embed_shard(
+    loaded: Iterator[T],
+    shard: Taken,
+    forward: Callable[[list[T]], Mapping[str, Tensor]],
+    writers: Mapping[str, StoreWriter],
+    config: EmbeddingConfig,
+    shards: SharedShards,
+    progress: JobProgress,
+) -> dict[str, Tensor]:
+    """The features [rows of the shard, width] of each store that lacks it, in the stored dtype."""
+    rows = shards.rows_of(shard.shard)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in shard.stores}
+    for at in range(0, len(rows), config.batch_size):
+        batch = rows[at : at + config.batch_size]
+        outputs = forward(list(islice(loaded, len(batch))))
+        for name, found in pieces.items():
+            found.append(_stored(outputs[name], batch, writers[name]))
+        shards.note(shard, at + len(batch))
+        progress.look()
+    return {name: torch.cat(found) for name, found in pieces.items()}
 
 
 def _stored(features: Tensor, batch: range, writer: StoreWriter) -> Tensor:
@@ -241,7 +266,7 @@ def _stored(features: Tensor, batch: range, writer: StoreWriter) -> Tensor:
     exact = features.to("cpu", torch.float32)
     keys = writer.keys[batch.start : batch.stop]
     check_values(exact, keys, plan.unit_norm, plan.model)
-    stored = exact.to(DTYPES[plan.dtype])
+    stored = exact.to(STORED_DTYPES[plan.dtype])
     overflown = ~torch.isfinite(stored).all(dim=1)
     if overflown.any():
         key = keys[int(overflown.nonzero()[0, 0])]

@@ -9,7 +9,6 @@ A store is a directory that holds the features of one model on one source, row i
 `embedding.py` fills it from an encoder, `imports.py` from a plain tensor; `resident.py` loads it whole where it fits.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyma_mllm.data.manifest import (
-    DTYPES,
     KEYS_FILE,
     MANIFEST_FILE,
+    STORED_DTYPES,
     TENSOR_NAME,
     DtypeName,
     FeatureKind,
@@ -32,6 +31,7 @@ from hyma_mllm.data.manifest import (
 )
 from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import parse_json
 
 __all__ = ["DtypeName", "FeatureKind", "FeatureStore", "Manifest", "Shard", "check_aligned"]
 
@@ -137,10 +137,11 @@ def check_aligned(stores: Sequence[FeatureStore]) -> None:
 
 def _read_keys(path: Path, manifest: Manifest) -> tuple[str, ...]:
     try:
-        keys = tuple(json.loads((path / KEYS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        keys = tuple(parse_json((path / KEYS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise HymaError(f"The keys of the feature store {path} cannot be read ({error}); delete {path}.") from error
-    if len(keys) != manifest.rows or hash_keys(keys) != manifest.keys_sha256:
+    plain = all(isinstance(key, str) for key in keys)
+    if not plain or len(keys) != manifest.rows or hash_keys(keys) != manifest.keys_sha256:
         raise HymaError(f"{path / KEYS_FILE} does not hold the keys that were embedded; delete {path}.")
     return keys
 
@@ -164,7 +165,7 @@ def _map_shard(path: Path, shard: Shard, manifest: Manifest) -> Tensor:
     except (OSError, SafetensorError) as error:
         raise HymaError(f"The shard {file} cannot be read ({error}); delete {path} to embed anew.") from error
     wanted = (shard.rows, manifest.width)
-    if tuple(features.shape) != wanted or features.dtype != DTYPES[manifest.dtype]:
+    if tuple(features.shape) != wanted or features.dtype != STORED_DTYPES[manifest.dtype]:
         raise HymaError(
             f"The shard {file} holds {tuple(features.shape)} {features.dtype} where the manifest says {wanted} "
             f"{manifest.dtype}; delete {path}."

@@ -17,7 +17,7 @@ from hyma_mllm.data.features import FeatureStore, check_aligned
 from hyma_mllm.data.manifest import FeatureKind
 from hyma_mllm.data.pictures import checked_picture
 from hyma_mllm.data.sharded_rows import ShardedRows
-from hyma_mllm.paths import cache_dir, write_text
+from hyma_mllm.paths import cache_dir
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.text import load_text_encoder
 from hyma_mllm.zoo.vision import VisionEncoder, load_image_encoder, share_weights
@@ -52,7 +52,7 @@ class Library:
 
     Args:
         config: batches, shards, precision.
-        accelerator: deals the work to its processes; None for a single one.
+        accelerator: of a launch whose processes share the work; None for a process by itself.
 
     Attributes:
         config, accelerator: as given.
@@ -185,15 +185,19 @@ class CostFile:
     def __init__(self, store: Path) -> None:
         self._path = store.with_name(f"{store.name}.cost.json")
         self.flops_per_item = 0.0
-        self.known = self._path.exists()
-        if self.known:
+        try:
             self.flops_per_item = float(json.loads(self._path.read_text())["flops_per_item"])
+            self.known = True
+        except (FileNotFoundError, ValueError):
+            self.known = False
 
     def measure(self, forward: Callable[[], object]) -> None:
         """Count the operations of one forward pass of one item."""
         self.flops_per_item = measured_flops(forward)
         self.known = True
-        write_text(self._path, json.dumps({"flops_per_item": self.flops_per_item}))
+        # In place: a temporary file that a kill leaves here would stay for good, and half a file is measured again.
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"flops_per_item": self.flops_per_item}))
 
 
 def measured_flops(forward: Callable[[], object]) -> float:

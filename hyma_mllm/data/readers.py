@@ -1,26 +1,31 @@
-"""Rows out of each file form, streaming through the `datasets` library."""
+"""Rows out of each file form, streaming: tables through libraries, JSON and tars by what a row needs of them."""
 
 import csv
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from hyma_mllm.data.packed_pictures import ParquetPicture, TarPicture, parquet_places, tar_pictures
+from hyma_mllm.data.packed_pictures import ParquetPicture, parquet_rows
 from hyma_mllm.data.pictures import PackedPicture
 from hyma_mllm.data.rows import Row
+from hyma_mllm.data.tar_samples import tar_samples
 from hyma_mllm.data.words import caption_key
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 KEY_COLUMNS = ("key", "id", "__key__")
 IMAGE_TAG = "<image>"
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, tarfile.TarError, DatasetsError)
-"""What pyarrow, pandas, tarfile and datasets raise on damaged or ill-formed files."""
+NAMED_BY = 1000
+"""Rows of JSON, the first ones, whose names are columns; a later row may lack any."""
+
+T = TypeVar("T")
 
 
 def read_table(files: Sequence[Path], base: Path, image_columns: Sequence[str], caption_column: str) -> Iterator[Row]:
@@ -41,16 +46,17 @@ def read_table(files: Sequence[Path], base: Path, image_columns: Sequence[str], 
             "keep_default_na": False,
         }
     image_column = ""
-    places = parquet_places(files) if form == "parquet" else None
-    for number, cells in enumerate(_stream(form, files, **options)):
-        place = next(places) if places else None
+    rows: Iterator[tuple[dict[str, Any], ParquetPicture | None]]
+    if form == "parquet":
+        rows = _readable(form, files, partial(parquet_rows, files, image_columns))
+    else:
+        read = partial(_json_rows, files) if form == "json" else partial(_stream, form, files, **options)
+        rows = ((cells, None) for cells in _readable(form, files, read))
+    for number, (cells, place) in enumerate(rows):
         if number == 0:
             image_column = _first_of(image_columns, cells, files[0])
             _first_of((caption_column,), cells, files[0])
-        image = _image(cells.get(image_column), base)
-        if place and isinstance(image, bytes) and image:
-            file, group, row = place
-            image = ParquetPicture(file, image_column, group, row)
+        image = place or _image(cells.get(image_column), base)
         path = str(cells[image_column]) if isinstance(cells.get(image_column), str) else f"{number:09d}"
         key = next((str(cells[name]) for name in KEY_COLUMNS if cells.get(name) not in (None, "")), path)
         texts = _texts(cells.get(caption_column))
@@ -101,29 +107,23 @@ def read_webdataset(files: Sequence[Path], caption_column: str) -> Iterator[Row]
     Raises:
         HymaError: a shard cannot be read, or its samples have no picture or no caption.
     """
-    shard, members = "", dict[str, TarPicture]()
-    for number, cells in enumerate(_stream("webdataset", files)):
-        pictures = [name for name in cells if name.casefold() in PICTURE_SUFFIXES]
-        described = cells.get("json")
-        fields: dict[str, Any] = dict(described) if isinstance(described, Mapping) else {}
-        if "txt" in cells:
-            fields["txt"] = cells["txt"]
-        if number == 0 and not pictures:
-            raise HymaError(f"{files[0]} has no picture in its first sample {cells['__key__']}; name another shard.")
-        column = "txt" if "txt" in fields else caption_column
+    samples = (
+        sample
+        for file in files
+        for sample in _readable("webdataset", [file], partial(tar_samples, file, PICTURE_SUFFIXES))
+    )
+    for number, sample in enumerate(samples):
+        if number == 0 and sample.picture is None:
+            raise HymaError(f"{files[0]} has no picture in its first sample {sample.key}; name another shard.")
+        column = "txt" if "txt" in sample.fields else caption_column
         if number == 0:
-            _first_of((column,), fields, files[0])
-        texts = _texts(fields.get(column))
-        key = str(cells["__key__"])
-        if cells["__url__"] != shard:
-            shard = str(cells["__url__"])
-            members = tar_pictures(Path(shard)) if Path(shard).is_file() else {}
-        field = next((name for name in pictures if cells[name] is not None), "")
+            _first_of((column,), sample.fields, files[0])
+        texts = _texts(sample.fields.get(column))
         yield Row(
-            key=key,
-            image=members.get(f"{key}.{field}") or _image(cells.get(field), files[0].parent),
+            key=sample.key,
+            image=sample.picture or b"",
             texts=texts,
-            concept=caption_key(texts[0]) if texts else key,
+            concept=caption_key(texts[0]) if texts else sample.key,
         )
 
 
@@ -136,7 +136,7 @@ def read_llava(files: Sequence[Path], base: Path) -> Iterator[Row]:
     Raises:
         HymaError: no such list, or a field is missing.
     """
-    for number, cells in enumerate(_stream("json", files)):
+    for number, cells in enumerate(_readable("json", files, partial(_json_rows, files))):
         if number == 0:
             for name in ("image", "conversations"):
                 _first_of((name,), cells, files[0])
@@ -154,7 +154,10 @@ def read_llava(files: Sequence[Path], base: Path) -> Iterator[Row]:
 
 def _turns(conversation: Any, file: Path, key: str) -> list[tuple[str, str]]:
     """(question, answer) of each turn, the image tag taken out."""
-    said = [(str(part["from"]), str(part["value"])) for part in conversation or ()]
+    parts = conversation if isinstance(conversation, list | tuple) else ()
+    if not all(isinstance(part, Mapping) and {"from", "value"} <= part.keys() for part in parts):
+        raise HymaError(f"The conversation {key} of {file} has a turn without the fields from and value; mend it.")
+    said = [(str(part["from"]), str(part["value"])) for part in parts]
     speakers = [speaker for speaker, _ in said]
     if not said or len(said) % 2 or speakers != ["human", "gpt"] * (len(said) // 2):
         raise HymaError(
@@ -165,22 +168,50 @@ def _turns(conversation: Any, file: Path, key: str) -> list[tuple[str, str]]:
 
 
 def _stream(form: str, files: Sequence[Path], **options: Any) -> Iterator[dict[str, Any]]:
-    """The cells of each row, pictures undecoded."""
+    """The cells of each row by the `datasets` library, pictures undecoded."""
+    loaded = datasets.load_dataset(
+        form, data_files=[str(file) for file in files], split="train", streaming=True, **options
+    )
+    yield from loaded.decode(False) if loaded.features is not None else loaded
+
+
+def _json_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The cells of each row of JSON lines or of files with one list, each row with the names of all near the beginning.
+
+    Not by `datasets`: its parser ends the process on lists that nest too deeply, and takes texts for dates.
+    """
+    rows = itertools.chain.from_iterable(map(_json_values, files))
+    first = list(itertools.islice(rows, NAMED_BY))
+    names = dict.fromkeys(name for row in first for name in row)
+    for row in itertools.chain(first, rows):
+        yield {**names, **row}
+
+
+def _json_values(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as opened:
+        beginning = opened.read(1 << 16).lstrip()
+        opened.seek(0)
+        values = parse_json(opened.read()) if beginning.startswith("[") else map(parse_json, filter(str.strip, opened))
+        for number, value in enumerate(values):
+            if not isinstance(value, dict):
+                raise ValueError(f"row {number} is no object with named fields")
+            yield value
+
+
+def _readable(form: str, files: Sequence[Path], read: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """What a library reads, its errors as one sentence that names the file."""
     try:
-        loaded = datasets.load_dataset(
-            form, data_files=[str(file) for file in files], split="train", streaming=True, **options
-        )
-        yield from loaded.decode(False) if loaded.features is not None else loaded
-    except _UNREADABLE as error:
+        yield from read()
+    except (*UNREADABLE, DatasetsError) as error:
         where = files[0] if len(files) == 1 else f"{files[0]} (and {len(files) - 1} more)"
-        raise HymaError(f"{where} cannot be read as {form}: {' '.join(str(error).split())}; mend the file.") from error
+        raise HymaError(f"{where} cannot be read as {form}: {reason(error)}; mend the file.") from error
 
 
 def _csv_header(file: Path) -> list[str]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             header = next(csv.reader(opened), [])
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise HymaError(f"{file} cannot be read as csv: {error}; save it as UTF-8 text.") from error
     if not header:
         raise HymaError(f"{file} is empty; its first line must name the columns.")

@@ -1,7 +1,7 @@
 """One way to open pictures with words: folders, tables, shards, LLaVA json and the built-in corpora.
 
-- files are read through the `datasets` library, streaming: a row at a time, shards in order of their names
-- a picture stays what it is, a path or encoded bytes; it is decoded by `pictures.open_picture` alone
+- files are read streaming, a row at a time, shards in order of their names
+- a picture stays where it is, a path or a place in a larger file; it is decoded by `pictures.open_picture` alone
 - columns and files are checked when a source is opened; rows are checked by `audit.audit`
 """
 
@@ -12,10 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from hyma_mllm.data.corpora import load_corpus
-from hyma_mllm.data.pictures import PackedPicture
+from hyma_mllm.data.pictures import PackedPicture, refuse_special
 from hyma_mllm.data.readers import read_class_folders, read_llava, read_table, read_webdataset
 from hyma_mllm.data.rows import Row, Source
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FORMS = "corpus:NAME, a folder, or files ending in .csv, .jsonl, .parquet, .tar or .json"
@@ -132,6 +133,8 @@ def _picture_hash(image: Path | bytes | PackedPicture) -> bytes:
     if isinstance(image, bytes):
         return sha256(image).digest()
     try:
+        if isinstance(image, Path):
+            refuse_special(image)
         return sha256(image.read_bytes()).digest()
-    except OSError:
+    except UNREADABLE:
         return b"unreadable"  # audit lists it with its reason

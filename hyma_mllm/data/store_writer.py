@@ -1,8 +1,11 @@
-"""Writing a feature store shard by shard, so that a kill, a full disk or a second run leaves nothing half-written.
+"""Writing a feature store shard by shard, so that a kill, a full disk or other runs leave nothing half-written.
 
 While it is unfinished a store holds `plan.json` (what it will be) and, beside each shard, a record
 `shard-00000.json` (its hash and its cost). Shard and record are each written in one step, the record last; the manifest
 is made from the records, and then plan and records go.
+
+Any number of processes may fill one store: what changes it (start, the commit of a shard, finish) happens under its
+lock, each shard is committed once, and later ones of the same shard are thrown away. `claims.py` divides the work.
 """
 
 import errno
@@ -18,16 +21,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hyma_mllm.data.manifest import (
-    DTYPES,
     KEYS_FILE,
     LOCK_FILE,
     MANIFEST_FILE,
+    STORED_DTYPES,
     TENSOR_NAME,
     Manifest,
     Shard,
@@ -35,11 +39,14 @@ from hyma_mllm.data.manifest import (
     hash_file,
 )
 from hyma_mllm.errors import HymaError
-from hyma_mllm.paths import atomic_path, write_text
+from hyma_mllm.paths import write_text
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+LOCK_SECONDS = 120.0
+"""How long to wait for a store's lock. It is held for moments, but by an import for as long as that takes."""
+
 VERSIONED = ("torch", "torchvision", "transformers", "timm", "sentence-transformers", "accelerate", "safetensors")
 
 
@@ -51,7 +58,7 @@ class StorePlan(StoreIdentity):
 
 
 class StoreWriter:
-    """Fills one store. `start` (under `lock`), then `write` each of `missing`, then `finish`.
+    """Fills one store. `start` (under `lock`), then `write` what is `missing`, then `finish` (under `lock`).
 
     Attributes:
         path: the directory of the store.
@@ -63,6 +70,8 @@ class StoreWriter:
         self.path = path
         self.plan = plan
         self.keys = keys
+        # One object, so that who holds the lock may take it again.
+        self._lock = FileLock(path / LOCK_FILE)
 
     @property
     def shards(self) -> int:
@@ -76,7 +85,8 @@ class StoreWriter:
 
     def bytes_of(self, shards: Sequence[int]) -> int:
         """Bytes of disk that the features of these shards take."""
-        return sum(len(self.rows_of(shard)) for shard in shards) * self.plan.width * DTYPES[self.plan.dtype].itemsize
+        entry = STORED_DTYPES[self.plan.dtype].itemsize
+        return sum(len(self.rows_of(shard)) for shard in shards) * self.plan.width * entry
 
     def is_finished(self) -> bool:
         """True when the finished store of this plan is there already.
@@ -91,16 +101,15 @@ class StoreWriter:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for this process.
+        """Hold the store for this thread, which may hold it already.
 
         Raises:
-            HymaError: if another live run holds it.
+            HymaError: if another process held it for all of `LOCK_SECONDS`.
         """
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK_FILE, timeout=0)
             try:
-                lock.acquire()
+                self._lock.acquire(timeout=LOCK_SECONDS)
             except Timeout as error:
                 raise HymaError(
                     f"The feature store {self.path} is being written by another run; wait for it or end it."
@@ -108,10 +117,10 @@ class StoreWriter:
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def start(self) -> None:
-        """Begin the store, or take up one of the same plan where it was left.
+        """Begin the store, or take up one of the same plan where it was left; others may be filling it.
 
         Raises:
             HymaError: if an unfinished store of another plan is there, or the disk is full.
@@ -123,28 +132,35 @@ class StoreWriter:
             except ValueError as error:
                 raise HymaError(f"{plan_file} is damaged ({error}); delete {self.path}.") from error
             self._refuse_difference(found)
-        for left in self.path.glob(".*.tmp"):
-            left.unlink()
         with disk_errors(self.path):
             write_text(self.path / KEYS_FILE, json.dumps(list(self.keys), ensure_ascii=False))
             write_text(plan_file, json.dumps(asdict(self.plan), indent=2) + "\n")
 
+    def undone(self) -> list[int]:
+        """The shards without a record, by the names of the files alone; none of a finished store."""
+        names = {file.name for file in self.path.iterdir()}
+        undone = [shard for shard in range(self.shards) if self._record(shard).name not in names]
+        # Looked for after the records: they go as soon as it is written.
+        return [] if not undone or (self.path / MANIFEST_FILE).is_file() else undone
+
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard is committed."""
+        return self._record(shard).is_file() or (self.path / MANIFEST_FILE).is_file()
+
     def missing(self) -> list[int]:
         """The shards that are still to be written; one whose bytes do not match its record counts as missing."""
-        missing = []
-        for shard in range(self.shards):
-            record = self._record(shard)
-            file = self._file(shard)
-            if record.is_file():
-                if file.is_file() and hash_file(file) == json.loads(record.read_text(encoding="utf-8"))["sha256"]:
-                    continue
-                logger.warning("%s is damaged and will be written again", file)
-                record.unlink()
-            missing.append(shard)
-        return missing
+        undone = set(self.undone())
+        damaged = [shard for shard in range(self.shards) if shard not in undone and not self._is_whole(shard)]
+        with self.lock():
+            if (self.path / MANIFEST_FILE).is_file():  # others finished it, records and all
+                return []
+            for shard in damaged:
+                logger.warning("%s is damaged and will be written again", self._file(shard))
+                self._record(shard).unlink(missing_ok=True)
+        return sorted(undone.union(damaged))
 
     def write(self, shard: int, features: Tensor, seconds: float) -> None:
-        """Write one shard.
+        """Write one shard, unless it is there already: then these features are thrown away.
 
         Args:
             shard: its number.
@@ -156,20 +172,29 @@ class StoreWriter:
             ValueError: if the features are not the rows of this shard.
         """
         wanted = (len(self.rows_of(shard)), self.plan.width)
-        if tuple(features.shape) != wanted or features.dtype != DTYPES[self.plan.dtype]:
+        if tuple(features.shape) != wanted or features.dtype != STORED_DTYPES[self.plan.dtype]:
             raise ValueError(f"shard {shard} is {tuple(features.shape)} {features.dtype}, not {wanted}")
         content = safetensors.torch.save({TENSOR_NAME: features.contiguous()})
         sha256 = hashlib.sha256(content).hexdigest()
+        record = {"file": self._file(shard).name, "rows": wanted[0], "sha256": sha256, "seconds": seconds}
+        # Not by process number, as other temporary files: processes of two machines may share one.
+        temporary = self.path / f".{self._file(shard).name}.{uuid4().hex}.tmp"
         with disk_errors(self.path):
-            with atomic_path(self._file(shard)) as temporary, temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            record = {"file": self._file(shard).name, "rows": wanted[0], "sha256": sha256, "seconds": seconds}
-            write_text(self._record(shard), json.dumps(record) + "\n")
+            try:
+                with temporary.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self.lock():
+                    # A process that slept while others took over its shard must not touch a finished store.
+                    if not self.is_done(shard):
+                        temporary.replace(self._file(shard))
+                        write_text(self._record(shard), json.dumps(record) + "\n")
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Write the manifest from the records of all shards, and drop plan and records.
+        """Write the manifest from the records of all shards, and drop plan, records and what killed processes left.
 
         Raises:
             HymaError: if a shard is missing, or the disk is full.
@@ -187,8 +212,26 @@ class StoreWriter:
         )
         with disk_errors(self.path):
             write_text(self.path / MANIFEST_FILE, manifest.to_json())
-        for file in (*records, self.path / PLAN_FILE):
-            file.unlink()
+        self.clear_away()
+
+    def clear_away(self) -> None:
+        """Drop what only an unfinished store needs, the plan last: where it still is, a kill cut this short."""
+        records = (self._record(shard) for shard in range(self.shards))
+        left = (*records, *self.path.glob(".*.tmp"), *self.path.glob(".*.claim"), self.path / PLAN_FILE)
+        for file in left:
+            file.unlink(missing_ok=True)
+
+    def is_cleared(self) -> bool:
+        """Whether a finished store holds nothing else."""
+        return not (self.path / PLAN_FILE).exists()
+
+    def _is_whole(self, shard: int) -> bool:
+        """Whether the file of a shard has the hash of its record."""
+        try:
+            recorded = json.loads(self._record(shard).read_text(encoding="utf-8"))["sha256"]
+            return bool(hash_file(self._file(shard)) == recorded)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def _file(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.safetensors"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +21,10 @@ from hyma_mllm.data.collection import Part
 from hyma_mllm.data.embedding import EmbeddingConfig, StoreTarget, embed
 from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.library import Bill, CostFile, measured_flops, plain_card, store_path
-from hyma_mllm.data.manifest import DTYPES, MANIFEST_FILE, DtypeName
+from hyma_mllm.data.manifest import MANIFEST_FILE, DtypeName
 from hyma_mllm.data.pictures import checked_picture
 from hyma_mllm.data.rows import Row
+from hyma_mllm.data.token_codes import TokenDtype, as_features, decode, encode, row_bytes, row_entries
 from hyma_mllm.errors import HymaError
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.vision_tokens import VisionTower, load_tower
@@ -50,7 +51,8 @@ class TokenConfig:
             it lasts, and those that do not fit are run again for every batch.
         memory_mb: memory in MB (1e6 bytes), for each tower that is not stored, for the tokens of the pictures that were
             asked for last.
-        storage_dtype: precision on disk and in that memory, `fp32`, `fp16` or `bf16`.
+        storage_dtype: precision on disk and in that memory: `fp32`, `fp16` or `bf16`; `int8` or `fp8` take half the
+            room of 16 bits, with a scale for every 64 channels (docs/cluster.md says what they change).
         compute_dtype: precision of the forward pass, `fp32` or `bf16` (autocast).
         batch_size: pictures of one forward pass.
         workers: threads that read and decode ahead of the forward pass; 0 decodes between the passes.
@@ -58,7 +60,7 @@ class TokenConfig:
 
     disk_gb: float = 8.0
     memory_mb: float = 256.0
-    storage_dtype: DtypeName = "fp16"
+    storage_dtype: TokenDtype = "fp16"
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 32
     workers: int = 2
@@ -131,12 +133,15 @@ class StoredTokens:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         index = _checked(rows, len(self))
-        found = torch.empty(len(index), (self.card.tokens or 0) * self.card.width)
+        tokens, width = self.card.tokens or 0, self.card.width
+        found = torch.empty(len(index), tokens, width)
         owner = torch.searchsorted(self._starts, index, right=True) - 1
         for number in sorted(set(owner.tolist())):
             here = (owner == number).nonzero()[:, 0]
-            found[here] = self._stores[number][index[here] - self._starts[number]].float()
-        return found.view(len(index), self.card.tokens or 0, self.card.width)
+            store = self._stores[number]
+            form = cast(TokenDtype, store.manifest.dtype)
+            found[here] = decode(store[index[here] - self._starts[number]], form, tokens, width)
+        return found
 
 
 class ComputedTokens:
@@ -150,7 +155,6 @@ class ComputedTokens:
         self.card = tower.card
         self._tower, self._pictures, self._config, self._bill = tower, pictures, config, bill
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        self._dtype = DTYPES[config.storage_dtype]
         self._room = int(config.memory_mb * 1e6 / _picture_bytes(tower.card, config))
         self._flops = 0.0
 
@@ -164,7 +168,7 @@ class ComputedTokens:
         for at in range(0, len(missing), self._config.batch_size):
             batch = missing[at : at + self._config.batch_size]
             fresh.update(zip(batch, self._compute(batch), strict=True))
-        found = torch.stack([fresh[number] for number in index]).float() if index else self._nothing()
+        found = self._decoded(torch.stack([fresh[number] for number in index])) if index else self._nothing()
         self._kept.update(fresh)
         while len(self._kept) > self._room:
             self._kept.popitem(last=False)
@@ -173,8 +177,11 @@ class ComputedTokens:
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.card.tokens or 0, self.card.width)
 
+    def _decoded(self, rows: Tensor) -> Tensor:
+        return decode(rows, self._config.storage_dtype, self.card.tokens or 0, self.card.width)
+
     def _compute(self, batch: Sequence[int]) -> Tensor:
-        """[batch, tokens, width] in the storage dtype on the CPU, and its cost on the bill."""
+        """[batch, entries of a stored row] in the storage dtype on the CPU, and its cost on the bill."""
         began = time.perf_counter()
         if self._config.workers:
             with ThreadPoolExecutor(self._config.workers, thread_name_prefix="load") as pool:
@@ -186,9 +193,11 @@ class ComputedTokens:
         device = next(self._tower.parameters()).device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._config.compute_dtype == "bf16"):
             exact = self._tower.tokens(pixels).to("cpu", torch.float32)
-        stored = exact.to(self._dtype)
-        if not torch.isfinite(stored).all():
-            row = int((~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0, 0])
+        stored = encode(exact, self._config.storage_dtype)
+        # Codes are always finite, whatever they were made of.
+        bad = ~torch.isfinite(exact).flatten(1).all(1) | ~torch.isfinite(stored).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
             raise HymaError(
                 f"The tokens of {self._pictures[batch[row]].key} by {self.card.id} are not finite in "
                 f"{self._config.storage_dtype}; set tokens.storage_dtype to bf16 or fp32, or remove that picture."
@@ -207,7 +216,7 @@ class TokenLibrary:
 
     Args:
         config: budget, precision, batches.
-        accelerator: deals the work to its processes; None for a single one.
+        accelerator: of a launch whose processes share the work; None for a process by itself.
 
     Attributes:
         bill: what all tokens have cost: stored ones whenever they were computed, the others as they are asked for.
@@ -279,7 +288,7 @@ class TokenLibrary:
             stacked = torch.stack(pixels)
             if not cost.known:
                 cost.measure(lambda: loaded[0].tokens(stacked[:1]))
-            return {card.id: loaded[0].tokens(stacked).flatten(1)}
+            return {card.id: as_features(loaded[0].tokens(stacked), self.config.storage_dtype)}
 
         label = f"tokens of {card.id} on {part.source.name}"
         keys = [row.key for row in part.rows]
@@ -296,13 +305,15 @@ class TokenLibrary:
             batch_size=self.config.batch_size,
             shard_rows=min(rows, EmbeddingConfig.shard_rows),
             compute_dtype=self.config.compute_dtype,
-            storage_dtype=self.config.storage_dtype,
+            # Codes are bytes to it, and it casts to what the store says.
+            storage_dtype=cast(DtypeName, self.config.storage_dtype),
             workers=self.config.workers,
         )
 
     def _target(self, card: ModelCard, part: Part) -> StoreTarget:
         path: Path = store_path(part.fingerprint, card, "tokens", self._embedding(card))
-        return StoreTarget(path, card.id, card.revision, "tokens", (card.tokens or 0) * card.width, unit_norm=False)
+        entries = row_entries(self.config.storage_dtype, card.tokens or 0, card.width)
+        return StoreTarget(path, card.id, card.revision, "tokens", entries, unit_norm=False)
 
 
 def channel_statistics(source: TokenSource, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,7 +352,7 @@ def channel_statistics(source: TokenSource, rows: Tensor) -> tuple[Tensor, Tenso
 
 def _picture_bytes(card: ModelCard, config: TokenConfig) -> int:
     """Bytes of one picture's tokens in the storage dtype."""
-    return (card.tokens or 0) * card.width * DTYPES[config.storage_dtype].itemsize
+    return row_bytes(config.storage_dtype, card.tokens or 0, card.width)
 
 
 def _checked(rows: Tensor, pictures: int) -> Tensor:

@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from hyma_mllm.data.embedding import EmbeddingConfig, StoreTarget, embed
@@ -333,24 +334,12 @@ def test_a_path_that_cannot_be_a_directory(tmp_path: Path) -> None:
         run(tmp_path / "file" / "store")
 
 
-def test_two_runs_do_not_write_one_store(tmp_path: Path) -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def waiting(items: list[Tensor]) -> dict[str, Tensor]:
-        inside.set()
-        leave.wait(30)
-        return forward(items)
-
-    first = threading.Thread(target=run, args=(tmp_path / "store", waiting))
-    first.start()
-    try:
-        assert inside.wait(30)
-        with pytest.raises(HymaError, match="being written by another run"):
-            run(tmp_path / "store")
-    finally:
-        leave.set()
-        first.join(30)
-    torch.testing.assert_close(run(tmp_path / "store")[:], expected())
+def test_a_store_that_is_locked_for_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyma_mllm.data.store_writer.LOCK_SECONDS", 0.1)
+    (tmp_path / "store").mkdir()
+    with FileLock(tmp_path / "store" / ".lock"), pytest.raises(HymaError, match="being written by another run"):
+        # From another thread: the lock of this one must not look like the run's own.
+        ThreadPoolExecutor(1).submit(run, tmp_path / "store").result(30)
 
 
 def test_an_error_while_loading_surfaces(tmp_path: Path) -> None:
@@ -437,7 +426,7 @@ def test_two_processes_share_the_shards(tmp_path: Path) -> None:
     assert all(file.is_file() for file in results), done.stderr
     first, second = (json.loads(file.read_text()) for file in results)
     assert first["world"] == second["world"] == 2
-    assert first["batches"] == [4, 2, 4, 2] and second["batches"] == [4, 2, 4, 1]
+    assert sorted(first["batches"] + second["batches"]) == sorted([4, 2, 4, 2, 4, 2, 4, 1])
     assert first["again"] == first["batches"] and second["again"] == second["batches"]
     assert first["rows"] == second["rows"] == ROWS
     assert first["refused"] == second["refused"] != ""

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from hyma_mllm.data.audit import BadRow, audit
-from hyma_mllm.data.packed_pictures import ParquetPicture, TarPicture, tar_pictures
+from hyma_mllm.data.packed_pictures import ParquetPicture, TarPicture
 from hyma_mllm.data.pictures import BadPicture, open_picture
 from hyma_mllm.data.rows import Row
 from hyma_mllm.data.sources import open_source
@@ -167,11 +167,14 @@ def test_pictures_of_many_row_groups_and_files(tmp_path: Path) -> None:
     assert list(found) == [shade for _, shade in shuffled]
 
 
-def test_a_compressed_tar_keeps_its_bytes(tmp_path: Path) -> None:
+def test_a_compressed_tar_keeps_its_bytes_within_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "x.tar", {"0.png": png(COLOURS[0]), "0.txt": b"a"})
-    assert list(tar_pictures(tmp_path / "x.tar")) == ["0.png", "0.txt"]
     (tmp_path / "z.tar").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
-    assert tar_pictures(tmp_path / "z.tar") == {}
+    assert [row.image for row in open_source(str(tmp_path / "z.tar")).rows()] == [png(COLOURS[0])]
+    monkeypatch.setattr("hyma_mllm.data.tar_samples.HELD_BYTES", 60)
+    with pytest.raises(HymaError, match=r"z\.tar cannot .* compressed and holds more than 60 bytes; give a plain tar"):
+        open_source(str(tmp_path / "z.tar"))
+    assert len(list(open_source(str(tmp_path / "x.tar")).rows())) == 1
 
 
 def test_a_packed_picture_whose_file_is_gone_is_refused(pictures: Path) -> None:
