@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/vlm
 MLLM_RUN ?= runs/mllm
 
-.PHONY: vlm mllm test test-quick lint bench install clean
+.PHONY: vlm mllm test test-quick test-engines test-kill lint bench install clean
 
 install: $(VENV)/.installed
 
@@ -23,10 +23,17 @@ mllm: install
 	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml recipes/mllm.py --run $(MLLM_RUN)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engines and not kill"
 
 test-quick: install
-	$(BIN)/python -m pytest -m "not zoo and not corpus and not slow and not distributed"
+	$(BIN)/python -m pytest -m "not zoo and not corpus and not slow and not distributed and not engines and not kill"
+
+test-engines: install
+	$(BIN)/python -m pip install --quiet -e ".[deepspeed]"
+	$(BIN)/python -m pytest -m engines
+
+test-kill: install
+	$(BIN)/python -m pytest -m kill
 
 lint: install
 	$(BIN)/ruff check .

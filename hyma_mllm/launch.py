@@ -3,18 +3,21 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import jsonargparse
 import psutil
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+import yaml
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, check_yaml, reason
+from hyma_mllm.launch_checks import accelerator_arguments, check_engine
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.session import is_finished
@@ -36,6 +39,21 @@ class RecipeConfig(Protocol):
     def resolved(self) -> dict[str, Any]:
         """Plain values: everything that decides the result."""
 
+
+_read_yaml = jsonargparse.get_loader("yaml")
+
+
+def _checked_yaml(text: str) -> Any:
+    """What jsonargparse reads, of a text whose aliases and nesting stay within limits."""
+    try:
+        check_yaml(text)
+        return _read_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+# Every file and every value goes through it. What is too large must be refused here: the parser copies and prints it.
+jsonargparse.set_loader("yaml", _checked_yaml, exceptions=(yaml.YAMLError,))
 
 C = TypeVar("C")
 R = TypeVar("R", bound=RecipeConfig)
@@ -63,34 +81,52 @@ def parse(
     parser.add_class_arguments(kind)
     for short, target in (shortcuts or {}).items():
         parser.add_argument(f"--{short}", type=str, nargs="+", default=[], help=f"add to {target}, e.g. gemma")
-    read = parser.parse_args(arguments)
-    for short, target in (shortcuts or {}).items():
-        read[target] = [*read[target], *read.pop(short.replace("-", "_"))]
-    found = parser.instantiate_classes(read)
+    with readable_options():
+        read = parser.parse_args(arguments)
+        for short, target in (shortcuts or {}).items():
+            read[target] = [*read[target], *read.pop(short.replace("-", "_"))]
+        found = parser.instantiate_classes(read)
     names = kind.__dataclass_fields__  # type: ignore[attr-defined]
     return kind(**{name: found[name] for name in names}), bool(found["dry_run"])
+
+
+@contextmanager
+def readable_options() -> Iterator[None]:
+    """Turn what the parser raises on a damaged configuration into a sentence; plain mistakes it reports itself.
+
+    Raises:
+        HymaError: in place of the parser's errors.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        raise HymaError(
+            f"The options cannot be read: {reason(error)}; mend the command line, or the file behind --config."
+        ) from error
 
 
 def start(config: RecipeConfig) -> Accelerator:
     """The accelerator of this process, checked against what was asked for.
 
     Raises:
-        HymaError: another number of processes, a batch that they cannot share, or a tracker that is not installed.
+        HymaError: another number of processes or another engine than the launcher was to start, a batch that they
+            cannot share, or a tracker or an engine that is not installed.
     """
-    # A rival trains only some shapes' connectors in a step, so some parameters may lack a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=config.tracker,
             project_dir=str(config.run) if config.tracker else None,
-            kwargs_handlers=[unused],
+            **accelerator_arguments(),
         )
     except (ImportError, ValueError) as error:
         raise HymaError(
-            f"Accelerate cannot start ({str(error).splitlines()[0]}); change mixed_precision or tracker."
+            f"Accelerate cannot start ({str(error).splitlines()[0]}); change mixed_precision, tracker or the "
+            "launcher's file, or install what is missing."
         ) from error
-    check_processes(accelerator, config.processes, config.search.batch)
+    check_engine(accelerator)
+    # Pair-parallel processes share a batch within groups, which the recipe knows.
+    check_processes(accelerator, config.processes, config.search.batch if config.search.parallel == "data" else 0)
     # Launchers set one thread a process, which leaves most of a CPU idle.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, (psutil.cpu_count(logical=False) or 1) // local))

@@ -15,6 +15,7 @@ from hyma_mllm import answered, command, launch, mllm, mllm_export, report
 from hyma_mllm.data.question_sets import read_questions
 from hyma_mllm.data.token_library import TokenLibrary
 from hyma_mllm.export import best_unit
+from hyma_mllm.mllm_placement import placed
 from hyma_mllm.objectives.causal_lm import CausalObjective
 from hyma_mllm.report_answers import answer_table, pair_table
 from hyma_mllm.run_directory import RunDirectory
@@ -23,7 +24,6 @@ from hyma_mllm.search.ledger import Cost, load_ledgers, save_ledgers
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.mllm_prepare import prepare_mllm
 from hyma_mllm.search.mllm_score import prior_scores, score_answers
-from hyma_mllm.search.placement import place
 from hyma_mllm.search.ranking import SearchResult
 from hyma_mllm.search.session import check_batch, hold_inputs, print_sizes, run_all
 
@@ -55,8 +55,7 @@ def search(config: mllm.MLLMConfig, accelerator: Accelerator, run: RunDirectory)
         check_batch(config.search.batch, len(questions.train))
 
         # Frozen towers turn pictures into tokens, once; frozen LLMs stay in memory.
-        costs = [card.parameters for card in llms]
-        placement = place(config.search.parallel, costs, accelerator.num_processes, accelerator.process_index)
+        placement = placed(config, accelerator)
         library = TokenLibrary(config.tokens, accelerator)
         limits = config.llm.max_length, config.answer_batch, config.llm.longest_answer
         load = partial(config.llm.load, device=accelerator.device)
@@ -68,7 +67,9 @@ def search(config: mllm.MLLMConfig, accelerator: Accelerator, run: RunDirectory)
 
         # One hypernetwork learns the projectors of all pairs; the rivals learn theirs one by one.
         objective = partial(CausalObjective, config.objective)
-        search = Search(config.search, config.hypernetwork, objective, task, *task.means(), accelerator, run, stop)
+        search = Search(
+            config.search, config.hypernetwork, objective, task, *task.means(), accelerator, run, stop, placement
+        )
         print_sizes(search, accelerator.print)
         rankings, ledgers = run_all(search, embedding)
         if not accelerator.is_main_process:
@@ -90,8 +91,8 @@ def search(config: mllm.MLLMConfig, accelerator: Accelerator, run: RunDirectory)
         models = [reader.model for reader in task.readers.values()]
         mllm_export.stitch(run.path, method=method, models=models).save_pretrained(run.path / "best")
         answered.write_answers(run, task, result, config.search, *best_unit(result, method))
-        report.heat_map(result, run.path / "ranking.png")
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        report.heat_map(result, run.path / "ranking.png")  # the last of `FINISHED`: nothing is left to do behind it
 
 
 def show(run: Path) -> None:

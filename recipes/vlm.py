@@ -122,8 +122,8 @@ def hand_over(run: Path, prepared: Prepared, result: SearchResult, method: str) 
         write_examples(run, prepared, model)
     else:
         hand_over_imported(run, lambda: export.stitch(run, method=method).save_pretrained(run / "best"))
-    report.heat_map(result, run / "ranking.png")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    report.heat_map(result, run / "ranking.png")  # the last file of `FINISHED`: nothing may be left to do behind it
 
 
 def show(run: Path) -> None:

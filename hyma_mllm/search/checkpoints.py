@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.paths import write_text
+from hyma_mllm.search.engine import Engine
 
 KEPT = 2
 
@@ -22,13 +23,15 @@ class Checkpoints:
 
     Attributes:
         directory: holds one `step-<n>` directory per checkpoint.
-        accelerator: saves and loads model, optimiser and random number states.
+        accelerator: of all processes.
         identity: what the training is; a checkpoint of another identity is refused.
+        engine: saves and loads model, optimiser and random number states.
     """
 
     directory: Path
     accelerator: Accelerator
     identity: dict[str, Any]
+    engine: Engine
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
         """Write the checkpoint of this step, then drop all but the newest `KEPT`."""
@@ -38,10 +41,13 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        self.engine.save(partial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_text(partial / "progress.json", json.dumps({"identity": self.identity, "step": step, **progress}))
+            write_text(
+                partial / "progress.json",
+                json.dumps({"identity": self.identity, "engine": self.engine.kind, "step": step, **progress}),
+            )
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in self._all()[:-KEPT]:
@@ -71,11 +77,30 @@ class Checkpoints:
                 f"The checkpoint {newest} is of another configuration ({', '.join(changed)} differ); "
                 "give the old values back, or set --run to a new directory."
             )
+        if (written := progress.get("engine", "")) != self.engine.kind:
+            raise HymaError(
+                f"The checkpoint {newest} was written by {written or 'whole copies'}, and this is "
+                f"{self.engine.kind or 'whole copies'}; launch as before, or set --run to a new directory."
+            )
         try:
-            self.accelerator.load_state(str(newest))
+            self.engine.load(newest)
         except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise HymaError(f"{damaged} ({str(error).splitlines()[0]}).") from error
         return progress
+
+    def restore(self) -> None:
+        """Load model and optimiser of the newest checkpoint, and nothing of its progress.
+
+        Raises:
+            HymaError: there is none.
+        """
+        found = self._all()
+        if not found:
+            raise HymaError(
+                f"The training is to be rolled back, and {self.directory} holds no checkpoint; set "
+                "search.checkpoint_every above 0, or lower search.optimiser.lr."
+            )
+        self.engine.load(found[-1])
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("step-*") if (path / "progress.json").exists())

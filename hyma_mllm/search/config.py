@@ -133,6 +133,8 @@ class SearchConfig:
         pairs_per_visit: pairs of a visit (B_m); 0 takes a quarter of them for the sampler `round`, else all.
         parallel: how several processes share the work: `data`, each takes its share of every batch; `pairs`, each
             takes the pairs of its own LLMs, and holds no others in memory (recipes/mllm.py, sampler `fair`).
+        groups: with `pairs`, groups of processes; those of a group hold the same LLMs and share every batch. 0 for as
+            many as the LLMs can fill and the processes divide into evenly.
         sampler: order of the pairs: `fair` (every optimiser step visits every pair), `round` (a round of optimiser
             steps does), `random` or `cyclic`.
         optimiser: of the hypernetwork.
@@ -165,6 +167,7 @@ class SearchConfig:
     batch: int = 256
     pairs_per_visit: int = 0
     parallel: Parallel = "data"
+    groups: int = 0
     sampler: PairSampling = "fair"
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
     rival_optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
@@ -191,6 +194,7 @@ class SearchConfig:
             ("steps", self.steps, 1),
             ("grid_steps", self.grid_steps, 1),
             ("similarity_rows", self.similarity_rows, 2),
+            ("groups", self.groups, 0),
         ):
             if value < low:
                 raise HymaError(f"search.{name} is {value}; it takes at least {low}.")

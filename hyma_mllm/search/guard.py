@@ -1,6 +1,6 @@
 """The non-finite guard: skip a bad step, count it, name its pairs, roll back after several in a row."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,27 +44,22 @@ class Guard:
     in_a_row: int = 0
     restored: int = 0
     per_pair: dict[int, int] = field(default_factory=dict)
-    _good: dict[str, Any] | None = None
+    _restore: Callable[[], None] | None = None
 
-    def remember(self, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Keep a copy of a state that trained well."""
-        self._good = {
-            "model": copy.deepcopy(model.state_dict()),
-            "optimiser": copy.deepcopy(optimiser.state_dict()),
-        }
+    def remember(self, restore: Callable[[], None]) -> None:
+        """The present state trained well; `restore` brings it back."""
+        self._restore = restore
 
     def passed(self) -> None:
         """A step went well."""
         self.in_a_row = 0
 
-    def failed(self, pairs: list[int], losses: Tensor, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> str:
+    def failed(self, pairs: list[int], losses: Tensor) -> str:
         """A step did not: count it, roll back if it is one too many in a row, and say what happened.
 
         Args:
             pairs: pair indices of the step.
             losses: [pairs], in the same order.
-            model: restored in place on a roll-back.
-            optimiser: restored in place on a roll-back.
 
         Returns:
             One sentence for the log.
@@ -80,7 +75,7 @@ class Guard:
         names = "; ".join(self.grid.name(pair) for pair in bad) or "no single pair (the gradient overflowed)"
         self.skipped += 1
         self.in_a_row += 1
-        if self.in_a_row < self.config.patience or self._good is None:
+        if self.in_a_row < self.config.patience or self._restore is None:
             return f"Skipped a step with a non-finite loss or gradient: {names}."
         if self.restored >= self.config.rollbacks:
             raise HymaError(
@@ -89,9 +84,7 @@ class Guard:
             )
         self.restored += 1
         self.in_a_row = 0
-        model.load_state_dict(self._good["model"])
-        # load_state_dict keeps the tensors it is given; a second roll-back must not find them trained further.
-        optimiser.load_state_dict(copy.deepcopy(self._good["optimiser"]))
+        self._restore()
         return f"Rolled back to the last good state after {self.config.patience} non-finite steps: {names}."
 
     def overflowed(self, before: float, after: float) -> str:

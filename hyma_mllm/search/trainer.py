@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from hyma_mllm.errors import HymaError
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.checkpoints import Checkpoints
+from hyma_mllm.search.engines import engine_for
 from hyma_mllm.search.guard import Guard
 from hyma_mllm.search.held import HeldConnectors
 from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
 from hyma_mllm.search.ledger import Cost, Meter
 from hyma_mllm.search.pair_loss import PairLoss, SearchTask
-from hyma_mllm.search.placement import IDLE
+from hyma_mllm.search.placement import IDLE, Placement
 from hyma_mllm.search.plan import UNLIMITED, Leg, Outcome, Plan
 from hyma_mllm.search.stability import Stability
 
@@ -56,12 +58,17 @@ class Trainer:
         self.groups = task.visit_groups()
         # A pair that this process has the models of.
         self.own = [next(pair.index for pair in task.grid.pairs() if plan.placement.here(pair.text))]
+        # Where a plan does not divide the pairs, all processes share every batch.
+        self.placement = plan.placement
+        if plan.placement.owners is None:
+            self.placement = Placement(accelerator.num_processes, accelerator.process_index)
+        self.engine = engine_for(model, plan.optimiser, accelerator)
+        self.source, self.optimiser = self.engine.source, self.engine.optimiser
         self._enter(plan.leg())
-        self.model, self.optimiser = accelerator.prepare(model, plan.optimiser.build(model.parameters()))
-        self.source = accelerator.unwrap_model(self.model).network
         self.guard = Guard(plan.guard, task.grid)
         self.stability = Stability(plan.stability)
-        self.checkpoints = Checkpoints(run.path / "checkpoints" / plan.name, accelerator, plan.identity())
+        directory = run.path / "checkpoints" / plan.name
+        self.checkpoints = Checkpoints(directory, accelerator, plan.identity(), self.engine)
         self.training, self.validation = replace(plan.paid), Cost()
         self.visits = [0] * len(task.grid)
         self.done = 0
@@ -82,7 +89,8 @@ class Trainer:
         return self.outcome()
 
     def outcome(self) -> Outcome:
-        """What it came to so far."""
+        """What it came to so far; the model that was given is as trained as that."""
+        self.engine.refresh()
         seen = sum(self.visits) * self.plan.batches.size
         self.training.samples_per_pair = self.plan.paid.samples_per_pair + seen / len(self.plan.pairs.members)
         return Outcome(self.done, self.training, self.validation, self.guard.skipped, self.visits)
@@ -123,10 +131,7 @@ class Trainer:
 
     def _enter(self, leg: Leg) -> None:
         self.leg, self.held = leg, None
-        # The counter of micro-steps is global to the accelerator; each training starts its own.
-        self.turns = len(self.plan.placement.turns(leg.pairs.visits(0), self.groups))
-        self.accelerator.gradient_accumulation_steps = self.turns
-        self.accelerator.step = 0
+        self.engine.enter(len(self.placement.turns(leg.pairs.visits(0), self.groups)))
 
     def _elapsed(self) -> float:
         """Seconds of the training so far, where they matter; those of the main process, which all must agree on."""
@@ -146,29 +151,32 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         visits = self.leg.pairs.visits(step)
+        turns = self.placement.turns(visits, self.groups)
+        if not self.engine.keeps_step:
+            turns = [(number, weight) for number, weight in turns if number != IDLE]
+        self.engine.begin(visits)
         seen: dict[int, float] = {}
-        for number, weight in plan.placement.turns(visits, self.groups):
+        for number, weight in turns:
             pairs = self.own if number == IDLE else visits[number]
             losses = self._visit(pairs, step * len(visits) + max(number, 0), weight / sum(map(len, visits)))
             if weight:
                 seen |= dict(zip(visits[number], losses.tolist(), strict=True))
-            if plan.placement.owners is None and not bool(torch.isfinite(losses).all()):
+            if self.placement.owners is None and not bool(torch.isfinite(losses).all()):
                 self._skip(visits[number], losses)
                 return None
-        if plan.placement.owners is not None:
+        if self.placement.owners is not None:
             seen = self._shared(seen)
             if not all(map(math.isfinite, seen.values())):
                 self._skip(list(seen), torch.tensor(list(seen.values())))
                 return None
-        norm = self._clip()
+        norm = self.engine.clip(plan.optimiser.clip)
         if not torch.isfinite(norm):
             if not self._loss_scale_fell():
                 self._skip(list(seen), torch.tensor(list(seen.values())))
             return None
-        self.optimiser.step()
+        self.engine.step()
         if self.held is not None:
             self.held.put_back()
-        self.optimiser.zero_grad()
         self.guard.passed()
         self.run.log(
             "step",
@@ -192,26 +200,18 @@ class Trainer:
         A hypernetwork's gradient is of the sum of the pairs' losses times `weight`; a bank's pairs are independent, and
         the plain sum keeps each one's own gradient.
         """
-        accelerator, plan = self.accelerator, self.plan
-        rows = plan.batches.batch(number)
+        placement, rows = self.placement, self.plan.batches.batch(number)
         # What a batch draws is drawn for the whole of it: the result does not depend on the number of processes.
-        batch = self.task.batch(rows, plan.seed, number)
-        if plan.placement.owners is None:
-            share = len(rows) // accelerator.num_processes
-            batch = self.task.share(
-                batch, slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-            )
-        with accelerator.accumulate(self.model):
-            losses = self.model(pairs, batch)
-            if isinstance(self.source, ConnectorBank):
-                weight = float(plan.placement.processes if plan.placement.owners and weight else bool(weight))
-            # `backward` divides by the number of turns, which `weight` already holds. It runs for a non-finite loss
-            # too: a data-parallel wrapper that waits for a backward refuses the next forward.
-            accelerator.backward(losses.sum() * (weight * self.turns))
-        found = losses.detach().float()
-        if plan.placement.owners is None:
+        batch = self.task.batch(rows, self.plan.seed, number)
+        if placement.shares > 1:
+            size = len(rows) // placement.shares
+            batch = self.task.share(batch, slice(placement.share * size, (placement.share + 1) * size))
+        if isinstance(self.source, ConnectorBank):
+            weight = float(placement.groups if weight else 0)
+        found = self.engine.visit(pairs, batch, weight).detach().float()
+        if placement.owners is None:
             self._count([pairs], len(rows))
-            found = accelerator.reduce(found, reduction="mean")
+            found = self.accelerator.reduce(found, reduction="mean")
         shared: Tensor = found.cpu()
         return shared
 
@@ -223,21 +223,13 @@ class Trainer:
                 self.visits[pair] += 1
 
     def _shared(self, seen: dict[int, float]) -> dict[int, float]:
-        """The losses of all processes' pairs, whose visits are put on the bill."""
-        everywhere = sorted(gather_object(list(seen.items())))
-        for pair, _ in everywhere:
+        """The losses of all processes' pairs, each the mean over the shares of its batch; they go on the bill."""
+        everywhere: dict[int, list[float]] = {}
+        for pair, loss in sorted(gather_object(list(seen.items())), key=itemgetter(0)):
+            everywhere.setdefault(pair, []).append(loss)
+        for pair in everywhere:
             self._count([[pair]], self.plan.batches.size)
-        return dict(everywhere)
-
-    def _clip(self) -> Tensor:
-        """Clip the gradients; the norm before clipping."""
-        limit = self.plan.optimiser.clip
-        if isinstance(self.source, ConnectorBank):
-            self.accelerator.unscale_gradients()
-            return self.source.clip_each(limit).cpu()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        # DeepSpeed clips inside its own step and tells no norm.
-        return torch.zeros(()) if norm is None else torch.as_tensor(norm).detach().cpu()
+        return {pair: math.fsum(shares) / len(shares) for pair, shares in everywhere.items()}
 
     def _loss_scale_fell(self) -> bool:
         """Under fp16, let the gradient scaler leave the step out and lower its scale; False if that cannot help."""
@@ -246,7 +238,7 @@ class Trainer:
             return False
         before = scaler.get_scale()
         self.optimiser.step()  # the scaler skips it: it has seen the overflow while unscaling
-        self.model.zero_grad()
+        self.engine.discard()
         if before <= 1.0:
             return False
         self._say_skipped(self.guard.overflowed(before, scaler.get_scale()))
@@ -254,10 +246,8 @@ class Trainer:
 
     def _skip(self, pairs: list[int], losses: Tensor) -> None:
         """Leave this step out."""
-        # Not `optimiser.zero_grad`, which Accelerate ignores in the midst of an accumulation.
-        self.model.zero_grad()
-        self.accelerator.step = 0
-        self._say_skipped(self.guard.failed(pairs, losses, self.accelerator.unwrap_model(self.model), self.optimiser))
+        self.engine.discard()
+        self._say_skipped(self.guard.failed(pairs, losses))
 
     def _say_skipped(self, reason: str) -> None:
         plan = self.plan
@@ -286,6 +276,7 @@ class Trainer:
         """Score every pair on the validation split, on the bill and in the log; the headline scores [pairs]."""
         plan = self.plan
         with Meter(self.validation, self.accelerator.device):
+            self.engine.refresh()
             found = self.task.validate(self.source, self.spec)
         self.validation.flops += found.flops
         headline, scores = next(iter(found.scores.items()))
@@ -308,7 +299,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Save everything that a resumption needs, and what the guard rolls back to."""
-        self.guard.remember(self.accelerator.unwrap_model(self.model), self.optimiser)
+        self._remember()
         self.checkpoints.save(
             self.done,
             {
@@ -322,11 +313,19 @@ class Trainer:
             },
         )
 
+    def _remember(self) -> bool:
+        """Take this as the last good state; False where only the newest checkpoint has it."""
+        restore = self.engine.snapshot()
+        self.guard.remember(restore or self.checkpoints.restore)
+        return restore is not None
+
     def resume(self) -> None:
         """Go back to the newest checkpoint, where there is one."""
         progress = self.checkpoints.resume()
-        self.guard.remember(self.accelerator.unwrap_model(self.model), self.optimiser)
+        copied = self._remember()
         if progress is None:
+            if self.plan.checkpoint_every and not copied:
+                self.checkpoint()
             return
         self.done = progress["step"]
         self.training, self.validation = Cost(**progress["training"]), Cost(**progress["validation"])
@@ -348,14 +347,19 @@ def _int_keys(table: dict[str, int]) -> dict[int, int]:
 def check_processes(accelerator: Accelerator, wanted: int, batch: int) -> None:
     """Refuse to run with another number of processes than was asked for.
 
+    Args:
+        accelerator: as it was started.
+        wanted: processes; 0 accepts any.
+        batch: that all of them share; 0 where they do not.
+
     Raises:
-        HymaError: the launcher started another number (0 accepts any), or they cannot share the batch evenly.
+        HymaError: the launcher started another number, or they cannot share the batch evenly.
     """
     world = accelerator.num_processes
     if wanted and world != wanted:
         raise HymaError(
             f"processes is {wanted} but the launcher started {world}; start with `accelerate launch --multi_gpu "
-            f"--num_processes {wanted}` (on CPU with ACCELERATE_USE_CPU=true), or set processes to {world}."
+            f"--num_processes {wanted}`, or set processes to {world}."
         )
     if batch % world:
         raise HymaError(f"search.batch is {batch}, which {world} processes cannot share evenly; make it a multiple.")

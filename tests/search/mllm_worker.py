@@ -1,12 +1,9 @@
-"""Searches the tiny causal task, pair-parallel or data-parallel; run by test_mllm_distributed.py."""
+"""Searches the tiny causal task, pair-parallel or data-parallel; started by launch_worker.py."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from test_mllm_task import make_task
 
@@ -16,13 +13,14 @@ from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.methods import Method, Search, SearchConfig, all_connectors
 from hyma_mllm.search.optimiser import OptimiserConfig
-from hyma_mllm.search.placement import Parallel, place
+from hyma_mllm.search.placement import Load, Parallel, place
 
 
 def train(parallel: Parallel, accelerator: Accelerator, folder: Path) -> None:
     task = make_task(double=False)
     world = accelerator.num_processes
-    placement = place(parallel, [1.0, 2.0], world, accelerator.process_index)
+    loads = [Load("a", 1.0, 1.0), Load("b", 2.0, 2.0)]
+    placement = place(parallel, loads, world, accelerator.process_index)
     held = [llm for llm in task.readers if placement.here(llm)]
     task.readers = {llm: task.readers[llm] for llm in held}  # the others are not to be had here
     fast = OptimiserConfig(lr=5e-3)
@@ -44,21 +42,7 @@ def train(parallel: Parallel, accelerator: Accelerator, folder: Path) -> None:
             save_file(all_connectors(found.network, len(task.grid)), folder / f"{name}.st")
             details = {key: value for key, value in found.ranking.details.items() if "loss" in key}
             done = {"world": world, "held": held, "details": details}
-            done["flops"] = found.ledger.phases["training"].flops
+            done |= {"engine": accelerator.distributed_type.value, "flops": found.ledger.phases["training"].flops}
             (folder / f"{name}.json").write_text(json.dumps(done))
-    accelerator.wait_for_everyone()
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=os.environ.get("WORLD_SIZE", "1") == "1", kwargs_handlers=[unused])
-    modes: tuple[Parallel, ...] = ("data", "pairs")
-    for parallel in modes:
-        train(parallel, accelerator, Path(sys.argv[1]))
-    # Shutting gloo down aborts now and then; everything is on disk.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()

@@ -138,6 +138,6 @@ def test_a_process_opens_its_own_llms_only(
     # What the other process knows of its LLM comes by gather_object; here it is played back.
     own = prepare(models, sets, tmp_path / "cache", monkeypatch)
     monkeypatch.setattr("hyma_mllm.search.mllm_prepare.gather_object", lambda mine: [*mine, (0, own.facts[0])])
-    task = prepare(models, sets, tmp_path / "cache", monkeypatch, placement=Placement(2, 1, (0, 1)))
+    task = prepare(models, sets, tmp_path / "cache", monkeypatch, placement=Placement(2, 1, (0, 1), 2))
     assert list(task.readers) == [1] and task.readers[1].model.card.id == models[2]
     assert task.facts[0] is own.facts[0] and task.facts[1].embedding_rms == own.facts[1].embedding_rms
