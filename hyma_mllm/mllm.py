@@ -1,26 +1,28 @@
 """The MLLM search's configuration and its bill: what a run will do, checked and priced before a byte is embedded."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 
+from hyma_mllm import mllm_plan
 from hyma_mllm.data.prompts import Prompter
 from hyma_mllm.data.question_sets import QuestionConfig
-from hyma_mllm.data.questions import BUILT_IN, open_questions
+from hyma_mllm.data.questions import BUILT_IN, QuestionSource, open_questions
+from hyma_mllm.data.rows import Row
+from hyma_mllm.data.token_codes import row_bytes
 from hyma_mllm.data.token_library import TokenConfig
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
+from hyma_mllm.mllm_placement import TYPICAL_TEXT, bytes_per_weight, pair_flops, print_placement
 from hyma_mllm.objectives.causal_lm import CausalConfig
 from hyma_mllm.pairs import PairGrid
-from hyma_mllm.paths import cache_dir
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
@@ -49,15 +51,24 @@ WHEN_FULL = (
 SHORTCUTS = {"accept-terms": "llm.accept_terms"}
 """Options of the command line with a longer name in the configuration."""
 
-TYPICAL_TEXT = 30
-"""Tokens of a short question behind the picture: what the bill reckons with before any question was read."""
+LETTERS = 4
+"""Of a token of usual text."""
 
-BYTES_PER_WEIGHT = {
-    "none": {"bf16": 2.0, "fp32": 4.0},
-    "bf16": {"bf16": 2.0, "fp32": 2.0},
-    "int8": {"bf16": 1.1, "fp32": 1.1},
-    "nf4": {"bf16": 0.6, "fp32": 0.6},
-}
+
+class Counts(NamedTuple):
+    """What is known of the questions before the run: no more than limits and the words of files.
+
+    Attributes:
+        training: questions to train on, 0 where their number is not known.
+        questions: of training, validation and tests together, 0 where not known.
+        pictures: distinct ones at most, 0 where not known.
+        text: tokens behind a picture, on average.
+    """
+
+    training: int
+    questions: int
+    pictures: int
+    text: int
 
 
 @dataclass
@@ -177,11 +188,11 @@ class MLLMConfig:
         )
 
 
-def check(config: MLLMConfig) -> int:
+def check(config: MLLMConfig) -> Counts:
     """Everything that can be wrong before a byte is fetched or embedded.
 
     Returns:
-        The number of training questions, as far as it is known without reading them; 0 where it is not.
+        What is known of the questions without fetching them.
 
     Raises:
         HymaError: the first thing that is wrong.
@@ -194,13 +205,13 @@ def check(config: MLLMConfig) -> int:
         if value < 1:
             raise HymaError(f"{name} is {value}; it takes at least 1.")
     _check_templates(config)
-    training = _training_questions(config.data)
-    if training and config.search.batch > training:
+    counts = _counted(config.data)
+    if counts.training and config.search.batch > counts.training:
         raise HymaError(
-            f"search.batch is {config.search.batch} but there are {training} training questions; "
+            f"search.batch is {config.search.batch} but there are {counts.training} training questions; "
             "set search.batch below that."
         )
-    return training
+    return counts
 
 
 def _check_templates(config: MLLMConfig) -> None:
@@ -211,70 +222,80 @@ def _check_templates(config: MLLMConfig) -> None:
             Prompter(load_tokenizer(card), card.id, config.llm.max_length, longest)
 
 
-def _training_questions(data: QuestionConfig) -> int:
-    """Training questions, as far as limits tell; user's files are opened, which checks every row's words."""
-    for spec in {**data.train_limits(), **data.test_limits()}:
-        if not spec.startswith("questions:"):
-            open_questions(spec, data.shares())
-            continue
-        name = spec.removeprefix("questions:").split("/")[0].split("+")[0]
-        if name not in BUILT_IN:
-            raise HymaError(f"There are no built-in questions {name}; {near_names(name, BUILT_IN)}")
-    limits = data.train_limits().values()
-    return sum(limits) if all(limits) else 0
+def _counted(data: QuestionConfig) -> Counts:
+    """The questions, as far as limits tell; user's files are opened, which checks and counts every row's words."""
+    found = dict.fromkeys(("train", "test"), 0)
+    unknown, pictures, lengths = set[str](), 0, []
+    sources: dict[str, QuestionSource] = {}
+    for part, limits in (("train", data.train_limits()), ("test", data.test_limits())):
+        for spec, limit in limits.items():
+            if not spec.startswith("questions:"):
+                sources[spec] = sources.get(spec) or open_questions(spec, data.shares())
+                rows = sources[spec].parts[part]  # type: ignore[index]
+                taken = min(limit, len(rows)) if limit else len(rows)
+                found[part] += taken
+                pictures += min(taken, len({row.image for row in rows}))
+                lengths += [_letters(row) / LETTERS for row in rows[:1000]]
+                continue
+            name = spec.removeprefix("questions:").split("/")[0].split("+")[0]
+            if name not in BUILT_IN:
+                raise HymaError(f"There are no built-in questions {name}; {near_names(name, BUILT_IN)}")
+            found[part] += limit
+            pictures += limit
+            unknown |= set() if limit else {part}
+    text = max(TYPICAL_TEXT, round(fmean(lengths))) if lengths else TYPICAL_TEXT
+    training = 0 if "train" in unknown else found["train"]
+    if unknown:
+        return Counts(training, 0, 0, text)
+    return Counts(training, sum(found.values()) + data.validation_limit, pictures + data.validation_limit, text)
 
 
-def print_bill(config: MLLMConfig, training: int, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+def _letters(row: Row) -> int:
+    """Letters of a row's conversation."""
+    if row.turns:
+        return sum(len(question) + len(answer) for question, answer in row.turns)
+    return len(row.question or "") + len(row.answers[0] if row.answers else "")
+
+
+def print_bill(config: MLLMConfig, counts: Counts, accelerator: Accelerator, say: Callable[[str], None]) -> None:
     """Say what the run loads, stores, trains and computes.
 
     Args:
         config: the run.
-        training: training questions, 0 where their number is not known before reading.
+        counts: questions and pictures, as far as they are known before reading.
         accelerator: processes and precision.
         say: prints a line.
+
+    Raises:
+        HymaError: the run does not fit disk, memory or GPU, or the LLMs not the processes.
     """
     towers, llms, grid, search = config.tower_cards(), config.llm_cards(), config.grid(), config.search
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     say(f"{accelerator.num_processes} process(es) on {device}, mixed precision {accelerator.mixed_precision}")
     for card in towers:
         where = "on disk" if tower_on_disk(card) else f"to be fetched from {card.source}"
-        size = 2 * (card.tokens or 0) * card.width / 1e3
+        size = row_bytes(config.tokens.storage_dtype, card.tokens or 0, card.width) / 1e3
         say(f"  tower {card.id}: {card.tokens} tokens of width {card.width}, {size:.0f} kB a picture, {where}")
-    per_weight = {card.id: BYTES_PER_WEIGHT[config.llm.quantisation][config.llm.precision()] for card in llms}
     for card in llms:
         where = "on disk" if llm_on_disk(card) else f"to be fetched from {card.source}"
-        size = card.parameters * per_weight[card.id] / 1e9
+        size = card.parameters * bytes_per_weight(config) / 1e9
         say(f"  LLM   {card.id}: width {card.width}, {card.parameters / 1e6:.0f} M parameters, {size:.1f} GB, {where}")
-    memory = sum(card.parameters * per_weight[card.id] for card in llms)
-    free = psutil.virtual_memory().available
     say(
         f"{len(towers)} towers x {len(llms)} LLMs = {len(grid)} pairs; "
         f"training: {', '.join(config.data.train_limits())}; tests: {', '.join(config.data.test_limits())}"
     )
-    say(
-        f"LLMs take {memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory; tokens go to {cache_dir()} "
-        f"({shutil.disk_usage(cache_dir()).free / 1e9:.1f} GB free, at most tokens.disk_gb {config.tokens.disk_gb:g})"
-    )
-    if memory > free:
-        raise HymaError(
-            f"The LLMs need {memory / 1e9:.1f} GB but {free / 1e9:.1f} GB of memory are free; set llm.quantisation to "
-            "nf4, llm.dtype to bf16, or list fewer LLMs."
-        )
+    mllm_plan.print_plan(config, counts, accelerator)
+    print_placement(config, accelerator, say)
     for connector in search.connectors:
-        _price(config, grid, connector, training, say)
+        _price(config, grid, connector, counts.training, say)
 
 
 def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
-    towers, llms = config.tower_cards(), config.llm_cards()
     means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
     network = Hypernetwork(grid, spec, config.hypernetwork, *means)
     sizes = describe(network)
-    loss = 0.0
-    for pair in grid.pairs():
-        seen = search.batch * (towers[pair.vision].tokens or 0)
-        loss += 4.0 * llms[pair.text].parameters * (seen + search.batch * TYPICAL_TEXT)
-        loss += flops.connector_step_flops(spec, grid.shape(pair.index), seen)
+    loss = sum(pair_flops(config, connector))
     say(
         f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all projectors "
         f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"

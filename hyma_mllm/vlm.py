@@ -1,16 +1,15 @@
 """The VLM search's configuration and its bill: what a run will do, checked and priced before a byte is embedded."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from accelerate import Accelerator
 
+from hyma_mllm import vlm_plan
 from hyma_mllm.data.collection import DataConfig
 from hyma_mllm.data.corpora import CORPORA
 from hyma_mllm.data.embedding import EmbeddingConfig
@@ -22,7 +21,6 @@ from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
 from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
-from hyma_mllm.paths import cache_dir
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
@@ -117,6 +115,11 @@ def check(config: VLMConfig) -> int:
     grid = config.grid()
     PairSampler(tuple(range(len(grid))), config.search.pairs_per_visit, config.search.sampler, 0)
     ContrastiveObjective(config.objective)
+    if config.search.parallel != "data":
+        raise HymaError(
+            "search.parallel is pairs, which spreads LLMs over processes (recipes/mllm.py), and here are none; set it "
+            "to data."
+        )
     if config.objective.learn_scale and set(config.search.methods) != {"hyma"}:
         raise HymaError(
             "objective.learn_scale shares one scale between all pairs, which would tie the rivals' independent pairs "
@@ -154,7 +157,7 @@ def print_bill(config: VLMConfig, rows: int, accelerator: Accelerator, say: Call
         say: prints a line.
 
     Raises:
-        HymaError: the features do not fit the disk.
+        HymaError: the run does not fit disk, memory or GPU.
     """
     image, text, grid, search = config.image_cards(), config.text_cards(), config.grid(), config.search
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -162,16 +165,15 @@ def print_bill(config: VLMConfig, rows: int, accelerator: Accelerator, say: Call
     if config.data.stores is not None:
         for card in [*image, *text]:
             say(f"  {card.kind:5} {card.id}: width {card.width}, {card.source}")
-        needed = 4 * rows * (sum(c.width for c in image) + sum(c.width for c in text))
-        say(f"{len(image)} image x {len(text)} text encoders = {len(grid)} pairs; {rows} imported rows take about "
-            f"{needed / 1e6:.0f} MB of {psutil.virtual_memory().available / 1e9:.1f} GB free memory")  # fmt: skip
+        say(f"{len(image)} image x {len(text)} text encoders = {len(grid)} pairs; {rows} imported rows")
     else:
-        _price_embedding(config, image, text, rows, say)
+        _say_encoders(config, image, text, rows, say)
+    vlm_plan.print_plan(config, rows, accelerator)
     for connector in search.connectors:
         _price(config, grid, connector, say)
 
 
-def _price_embedding(
+def _say_encoders(
     config: VLMConfig, image: list[ModelCard], text: list[ModelCard], rows: int, say: Callable[[str], None]
 ) -> None:
     for card, present in [(c, image_on_disk(c)) for c in image] + [(c, text_on_disk(c)) for c in text]:
@@ -180,16 +182,7 @@ def _price_embedding(
     pairs, sources = len(image) * len(text), ", ".join(config.data.specs())
     say(f"{len(image)} image x {len(text)} text encoders = {pairs} pairs; sources: {sources}")
     if rows:
-        bytes_of = {"fp32": 4, "fp16": 2, "bf16": 2}[config.embedding.storage_dtype]
-        needed = rows * bytes_of * (sum(c.width for c in image) + 3 * sum(c.width for c in text))
-        free = shutil.disk_usage(cache_dir()).free
-        say(f"about {rows} pictures; features take about {needed / 1e6:.0f} MB of {free / 1e9:.1f} GB free disk "
-            f"and as much of {psutil.virtual_memory().available / 1e9:.1f} GB free memory")  # fmt: skip
-        if needed > free:
-            raise HymaError(
-                f"The features need about {needed / 1e9:.1f} GB but {cache_dir()} has {free / 1e9:.1f} GB free; "
-                "free some, set HYMA_CACHE to a larger disk, or set embedding.storage_dtype to fp16."
-            )
+        say(f"about {rows} pictures")
 
 
 def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from hyma_mllm.vlm import VLMConfig
 ROOT = Path(hyma_mllm.__file__).parent
 REPOSITORY = ROOT.parent
 FLOORS = [
-    {"errors", "paths"},
+    {"errors", "paths", "foreign", "foreign_tensors", "redaction"},
     {"zoo", "packages"},
     {"data"},
     {"pairs", "connectors"},
@@ -25,6 +25,7 @@ FLOORS = [
     {"objectives"},
     {"metrics"},
     {"run_directory", "search"},
+    {"planning"},
     {"stitched"},
     {
         "export",
@@ -37,8 +38,12 @@ FLOORS = [
         "answered",
         "mllm_export",
         "vlm",
+        "vlm_plan",
         "mllm",
+        "mllm_plan",
+        "mllm_placement",
         "launch",
+        "launch_checks",
         "finetune",
         "answer",
         "command",

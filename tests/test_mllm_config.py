@@ -8,13 +8,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hyma_mllm import launch, mllm
+from hyma_mllm import launch, mllm, mllm_placement, mllm_plan
 from hyma_mllm.data.question_sets import DEFAULT_TESTS, DEFAULT_TRAIN, QuestionConfig
 from hyma_mllm.errors import HymaError
-from hyma_mllm.mllm import LLMConfig, MLLMConfig
+from hyma_mllm.mllm import Counts, LLMConfig, MLLMConfig
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.zoo.llm import DEFAULT_LLM_IDS
+from hyma_mllm.zoo.llm_shape import guessed_shape
 from hyma_mllm.zoo.vision_tokens import DEFAULT_TOWER_IDS
+
+COUNTS = Counts(training=100, questions=120, pictures=120, text=30)
 
 
 def search(**options: Any) -> SearchConfig:
@@ -24,9 +27,10 @@ def search(**options: Any) -> SearchConfig:
 @pytest.fixture(autouse=True)
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is checked of weights that are here is another test's; here nothing may be opened, and memory is free."""
-    monkeypatch.setattr(mllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e12))
+    monkeypatch.setattr(mllm_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e12))
     monkeypatch.setattr(mllm, "llm_on_disk", lambda card: False)
     monkeypatch.setattr(mllm, "tower_on_disk", lambda card: False)
+    monkeypatch.setattr(mllm_plan, "llm_shape", lambda card: guessed_shape(card.width, card.parameters))
 
 
 def test_the_default_is_resolved_to_names() -> None:
@@ -37,7 +41,10 @@ def test_the_default_is_resolved_to_names() -> None:
     assert plain["llm"]["dtype"] in ("bf16", "fp32")
     grid = config.grid()
     assert len(grid) == len(DEFAULT_TOWER_IDS) * len(DEFAULT_LLM_IDS) and grid.direction == "vision_to_text"
-    assert mllm.check(config) == sum(DEFAULT_TRAIN.values())
+    counts = mllm.check(config)
+    held_out = sum(DEFAULT_TESTS.values()) + QuestionConfig().validation_limit
+    assert counts.training == sum(DEFAULT_TRAIN.values())
+    assert counts.questions == counts.pictures == counts.training + held_out
 
 
 def test_what_only_decides_memory_is_not_resolved() -> None:
@@ -90,21 +97,26 @@ def test_accept_terms_is_an_option_of_its_own(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_bill_counts_pairs_and_refuses_what_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MLLMConfig(towers=["efficientnet-lite0:128px"], search=search(steps=7, batch=4, grid_steps=9))
+    config = MLLMConfig(
+        towers=["efficientnet-lite0:128px"], search=search(steps=7, batch=4, grid_steps=9), llm=LLMConfig(dtype="fp32")
+    )
     lines: list[str] = []
-    mllm.print_bill(config, 100, Accelerator(cpu=True), lines.append)
+    mllm.print_bill(config, COUNTS, Accelerator(cpu=True), lines.append)
     said = "\n".join(lines)
     assert "1 towers x 2 LLMs = 2 pairs" in said and "28 samples per pair (0.3 epochs)" in said
     assert "grid: 9 steps" in said and said.count("to be fetched from") == 3
-    monkeypatch.setattr(mllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e8))
-    with pytest.raises(HymaError, match=r"0\.1 GB of memory are free; set llm\.quantisation to nf4"):
-        mllm.print_bill(config, 100, Accelerator(cpu=True), lines.append)
+    monkeypatch.setattr(mllm_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=3e9))
+    with pytest.raises(HymaError, match=r"3\.00 GB of free memory.*it would fit with .*llm\.quantisation nf4"):
+        mllm.print_bill(config, COUNTS, Accelerator(cpu=True), lines.append)
+    monkeypatch.setattr(mllm_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e8))
+    with pytest.raises(HymaError, match=r"no setting makes it fit; list fewer models"):
+        mllm.print_bill(config, COUNTS, Accelerator(cpu=True), lines.append)
 
 
 def test_four_bits_are_a_smaller_bill() -> None:
     def words(**options: Any) -> str:
         lines: list[str] = []
-        mllm.print_bill(MLLMConfig(llm=LLMConfig(dtype="fp32", **options)), 0, Accelerator(cpu=True), lines.append)
+        mllm.print_bill(MLLMConfig(llm=LLMConfig(dtype="fp32", **options)), COUNTS, Accelerator(cpu=True), lines.append)
         return next(line for line in lines if "qwen" in line)
 
     assert "630 M parameters, 2.5 GB" in words() and "630 M parameters, 0.4 GB" in words(quantisation="nf4")
