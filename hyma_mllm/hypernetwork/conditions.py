@@ -63,6 +63,13 @@ class FeatureRows(nn.Module):
         rows = [self.get_buffer(f"means_{d}") @ self.projections[str(d)] / d**0.5 for d in self.widths]
         return torch.cat(rows).index_select(0, self.order.index_select(0, indices))
 
+    def row(self, mean: Tensor) -> Tensor:
+        """The row [width] of a model that is not among these, by its mean feature [d] of a known width."""
+        projection = self.projections[str(mean.numel())]
+        seen = unit_rms(mean.detach().float().flatten()).to(projection.device)
+        row: Tensor = seen @ projection / mean.numel() ** 0.5
+        return row
+
 
 class PairCondition(nn.Module):
     """A learned row per pair, [pairs] -> [pairs, width]."""
@@ -132,12 +139,17 @@ def build_condition(
         vision = LearnedRows(len(grid.vision_ids), width, generator)
         text = LearnedRows(len(grid.text_ids), width, generator)
     else:
-        vision = FeatureRows(_checked(vision_means, grid.vision_ids, grid.vision_widths), width, generator)
-        text = FeatureRows(_checked(text_means, grid.text_ids, grid.text_widths), width, generator)
+        vision = FeatureRows(checked_means(vision_means, grid.vision_ids, grid.vision_widths), width, generator)
+        text = FeatureRows(checked_means(text_means, grid.text_ids, grid.text_widths), width, generator)
     return ModelCondition(len(grid.text_ids), vision, text, normalise)
 
 
-def _checked(means: Sequence[Tensor] | None, ids: tuple[str, ...], widths: tuple[int, ...]) -> Sequence[Tensor]:
+def checked_means(means: Sequence[Tensor] | None, ids: tuple[str, ...], widths: tuple[int, ...]) -> Sequence[Tensor]:
+    """The mean features of these models, if all are there and tell one model from another.
+
+    Raises:
+        HymaError: naming the model whose mean does not.
+    """
     if means is None or len(means) != len(ids):
         given = 0 if means is None else len(means)
         raise HymaError(

@@ -68,8 +68,8 @@ class Hypernetwork(nn.Module):
             bound = None if self.normalise else config.trunk[-1] ** -0.5
             terms = owners(self.parts.base, grid, spec, layer)
             start = Start(layer, _having(layer, starts, grid, spec)) if starts else None
-            self.bases[_name(layer)] = LayerBase(layer, terms, generator, bound, start)
-            self.heads[_name(layer)] = self._head(layer, generator)
+            self.bases[layer_name(layer)] = LayerBase(layer, terms, generator, bound, start)
+            self.heads[layer_name(layer)] = self._head(layer, generator)
 
     def _head(self, layer: LayerShape, generator: torch.Generator) -> nn.Module:
         config, width = self.config, self.config.trunk[-1]
@@ -119,7 +119,7 @@ class Hypernetwork(nn.Module):
 
         predicted: dict[tuple[int, int], ConnectorParams] = {shape: {} for shape in groups}
         for layer, code, rows in zip(asked, torch.split(codes, sizes), torch.split(members, sizes), strict=True):
-            weight, bias = self.heads[_name(layer)](code, *self.bases[_name(layer)](rows))
+            weight, bias = self.heads[layer_name(layer)](code, *self.bases[layer_name(layer)](rows))
             counts = [len(groups[shape]) for shape in shapes_of[layer]]
             split = zip(shapes_of[layer], torch.split(weight, counts), torch.split(bias, counts), strict=True)
             for shape, part, part_bias in split:
@@ -183,5 +183,6 @@ def _distinct(layers: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
     return tuple(sorted(set(layers), key=lambda layer: (layer.index, layer.fan_in, layer.fan_out)))
 
 
-def _name(layer: LayerShape) -> str:
+def layer_name(layer: LayerShape) -> str:
+    """The name of a layer's base and head in a hypernetwork's state dict."""
     return f"{layer.index}_{layer.fan_in}x{layer.fan_out}"
