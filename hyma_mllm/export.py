@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.data.standardise import Standardiser
 from hyma_mllm.errors import HymaError, near_names
+from hyma_mllm.foreign import reason
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.paths import atomic_path
 from hyma_mllm.search.imported import FILE_REVISION
@@ -132,12 +133,18 @@ def _assemble(run: Path, result: SearchResult, grid: PairGrid, ranking: Ranking,
     if not path.exists():
         raise HymaError(f"{path} is missing; run the search again to make the connectors of {ranking.method}.")
     module = connectors.module(spec, grid.shape(index))
-    with safe_open(path, framework="pt") as stored:
-        state = {name: stored.get_tensor(f"{index}.{name}") for name in module.state_dict()}
-    standardisers = load_file(run / STANDARDISERS)
-    text = _standardiser(standardisers, f"text.{pair.text}.", grid.text_widths[pair.text])
-    state["0.weight"], state["0.bias"] = text.folded(state["0.weight"], state["0.bias"])
-    module.load_state_dict(state)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            state = {name: stored.get_tensor(f"{index}.{name}") for name in module.state_dict()}
+        standardisers = load_file(run / STANDARDISERS)
+        text = _standardiser(standardisers, f"text.{pair.text}.", grid.text_widths[pair.text])
+        image = _standardiser(standardisers, f"image.{pair.vision}.", grid.vision_widths[pair.vision])
+        state["0.weight"], state["0.bias"] = text.folded(state["0.weight"], state["0.bias"])
+        module.load_state_dict(state)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise HymaError(
+            f"{path} or {run / STANDARDISERS} is damaged ({reason(error)}); run the search again."
+        ) from error
     scores = {task: values[index] for task, values in ranking.scores.items()}
     scores |= {name: values[index] for name, values in ranking.details.items()}
     config = StitchedConfig(
@@ -151,7 +158,7 @@ def _assemble(run: Path, result: SearchResult, grid: PairGrid, ranking: Ranking,
         load_image_encoder(config.vision_id),
         load_text_encoder(config.text_id),
         module,
-        _standardiser(standardisers, f"image.{pair.vision}.", grid.vision_widths[pair.vision]),
+        image,
         config,
     )
 

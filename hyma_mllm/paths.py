@@ -1,6 +1,8 @@
 """Where the package keeps what it fetched and computed, and how a file is written so that a kill leaves no half."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,19 @@ def cache_dir() -> Path:
     path = Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("hyma_mllm"))
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+_LEFT_BEHIND = re.compile(r"\..+\.\d+\.(tmp|old)")
+"""Temporary names of `atomic_path` and of directories that are written in one step."""
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left half-written anywhere below a directory in which nobody else writes now."""
+    for path in [path for path in directory.rglob(".*") if _LEFT_BEHIND.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
