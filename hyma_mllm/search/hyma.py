@@ -27,13 +27,14 @@ def hyma(search: Setting, connector: str, seed: int, budget: Budget) -> Found:
     plan = search.plan("hyma", connector, seed, network, pairs, steps, seconds=budget.seconds)
     trainer = search.trainer(plan, network)
     outcome = trainer.fit()
+    if config.polish.top and config.checkpoint_every:
+        # So that whoever is stopped while polishing does not train again; before anything else is on its bill.
+        trainer.checkpoint()
     starts = search.starts("hyma", spec)
     if starts is not None and config.blend != [1.0]:
         network = blend(search, spec, seed, network, starts.states, outcome)
     if not config.polish.top:
         return search.score("hyma", connector, seed, network, outcome)
-    if config.checkpoint_every:
-        trainer.checkpoint()  # so that whoever is stopped while polishing does not train again
     search.accelerator.free_memory()
     network, outcome = polish(search, spec, seed, network, outcome)
     return search.score("hyma", connector, seed, network, outcome)

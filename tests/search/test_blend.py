@@ -1,7 +1,9 @@
 """Every pair goes as far from its closed form as its validation score likes."""
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +67,23 @@ def test_a_blended_pair_is_polished_from_what_it_holds(search: Maker) -> None:
     found = search("closed-form", polish=polish).run_method("hyma", "linear", 0, None)
     before, after = (one.ranking.details["validation retrieval"] for one in (blended, found))
     assert all(b >= a for a, b in zip(before, after, strict=True))
+
+
+def test_whoever_is_stopped_while_polishing_pays_for_the_looks_once(search: Maker, tmp_path: Path) -> None:
+    polish = PolishConfig(top=1, steps=4, optimiser=OptimiserConfig(lr=1e-3))
+    first = search("closed-form", polish=polish, checkpoint_every=2)
+    again = search("closed-form", polish=polish, checkpoint_every=2)
+    bill = first.run_method("hyma", "linear", 0, None).ledger.phases
+    # Killed behind the last checkpoint of the hypernetwork, before the first of the polishing.
+    kept = first.run.path / "checkpoints"
+    assert kept.is_dir()
+    shutil.copytree(kept, again.run.path / "checkpoints")
+    for polished in (again.run.path / "checkpoints").rglob("polish"):
+        shutil.rmtree(polished)
+    resumed = again.run_method("hyma", "linear", 0, None).ledger.phases
+    assert "resumed" in (again.run.path / "log.jsonl").read_text()
+    for phase, cost in bill.items():
+        assert (resumed[phase].flops, resumed[phase].steps) == (cost.flops, cost.steps)
 
 
 def test_the_ends_of_the_way_are_exact() -> None:
