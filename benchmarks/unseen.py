@@ -14,7 +14,9 @@ on a held-out quarter (at 1,000 samples or more both keep what suits 1,000; see 
 shared by the whole grid's pairs, which favours the rivals a little, and are not on their bill. How a prediction is
 adapted was chosen on another split (`--split-seed 1`) than the reported one (2, the default here).
 
-Every left-out encoder and seed is a file in the run directory; killed and started again, the benchmark goes on.
+FLOPs of a cell are what the newcomer's pairs cost beyond the trained hypernetwork, whose own (without the closed forms
+it starts from) are in `training_flops`. Every left-out encoder and seed is a file in the run directory; killed and
+started again, the benchmark goes on.
 """
 
 import argparse
@@ -89,7 +91,7 @@ SHORT_BRIDGE = "hypernetwork's connectors over a bridge of the samples alone"
 
 
 def shelf(ground: Ground, kind: Kind, side: Side, number: int, seed: int) -> tuple[Hypernetwork, float]:
-    """The hypernetwork of all pairs without this model, and the FLOPs of its training and its starts."""
+    """The hypernetwork of all pairs without this model, and the FLOPs of its training, not of its starts."""
     kept = [model for model in range(ground.models(side)) if model != number]
     task = ground.part(side, kept)
     rest = [pair.index for pair in ground.task.grid.pairs() if pair.index not in ground.pairs(side, number)]

@@ -1,5 +1,6 @@
 """Tables and picture of `unseen.py`: score against samples, the mean over left-out models."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ def cells(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One line for each group of models, method and number of samples.
 
-    `score` is the mean over the left-out models with a 95 % interval, each model's being the mean over its pairs and
-    seeds; `over seeds` is the same mean with an interval over the seeds; `models` has each model's own.
+    `score` is the mean over the left-out models, each model's being the mean over its pairs and seeds, with a 95 %
+    interval where there are three models or more; `over seeds` is the same mean with an interval over the seeds;
+    `models` has each model's own.
     """
     grouped: dict[tuple[bool, str, Any], list[dict[str, Any]]] = {}
     for cell in cells(result):
@@ -53,13 +55,18 @@ def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "trained_width": trained,
                 "method": method,
                 "samples": samples,
-                "score": interval(list(models.values())),
+                "score": _bounded(list(models.values())),
                 "over seeds": interval(seeds),
                 "models": models,
                 "flops": float(np.mean([one["flops"] for one in members])),
             }
         )
     return found
+
+
+def _bounded(values: Sequence[float]) -> Interval:
+    """Mean and interval; two values bound nothing (Student's t with one degree of freedom)."""
+    return interval(values) if len(values) > 2 else Interval(float(np.mean(values)), math.nan, math.nan)
 
 
 def _mean(members: Sequence[Mapping[str, Any]], key: str, value: Any) -> float:
