@@ -10,7 +10,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,66 +22,63 @@ KILLS = 20
 """Of each recipe."""
 
 
-@dataclass
-class Torn:
-    """One recipe in peace, and torn apart again and again.
-
-    Attributes:
-        peace: an uninterrupted run.
-        runs: killed runs, each finished in the end.
-    """
-
-    peace: Any
-    runs: list[Any]
+@pytest.fixture(scope="module")
+def peace(kills: ModuleType, server: Any, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An uninterrupted run."""
+    run = kills.Run(server, world, tmp_path_factory.mktemp("peace"))
+    run.finish(trace=True)
+    yield run
+    run.remove()
 
 
 @pytest.fixture(scope="module")
-def torn(kills: ModuleType, server: Any, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Torn]:
-    peace = kills.Run(server, world, tmp_path_factory.mktemp("peace"))
-    peace.finish(trace=True)
-    found = Torn(peace, [])
-    while sum(len(run.struck) for run in found.runs) < KILLS:
+def torn(
+    kills: ModuleType, server: Any, world: Any, peace: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Any]]:
+    """Runs that were torn apart again and again, each finished in the end."""
+    found: list[Any] = []
+    while sum(len(run.struck) for run in found) < KILLS:
         run = kills.Run(server, world, tmp_path_factory.mktemp("torn"))
-        for moment in kills.moments(peace.trace, len(found.runs)):
+        for moment in kills.moments(peace.trace, len(found)):
             run.strike(moment)
         assert run.struck, "no kill of a whole run came in time"
         run.finish()
-        found.runs.append(run)
+        found.append(run)
     yield found
-    for run in [*found.runs, peace]:
+    for run in found:
         run.remove()
 
 
-def test_every_phase_was_hit(kills: ModuleType, torn: Torn) -> None:
-    hits = Counter(phase for run in torn.runs for phase in run.struck)
+def test_every_phase_was_hit(kills: ModuleType, torn: list[Any]) -> None:
+    hits = Counter(phase for run in torn for phase in run.struck)
     assert sum(hits.values()) >= KILLS and min(hits[phase] for phase in kills.phases.PHASES) >= 2, hits
 
 
-def test_the_ranking_is_the_same_to_the_bit(torn: Torn) -> None:
-    wanted = (torn.peace.path / "ranking.json").read_bytes()
-    for run in torn.runs:
+def test_the_ranking_is_the_same_to_the_bit(peace: Any, torn: list[Any]) -> None:
+    wanted = (peace.path / "ranking.json").read_bytes()
+    for run in torn:
         assert (run.path / "ranking.json").read_bytes() == wanted, run.struck
 
 
-def test_so_is_every_other_file_and_none_is_left_over(kills: ModuleType, torn: Torn) -> None:
+def test_so_is_every_other_file_and_none_is_left_over(kills: ModuleType, peace: Any, torn: list[Any]) -> None:
     """Connectors, the exported model, the bill but for its seconds and bytes, the features; nothing half-written."""
     for area in ("path", "features"):
-        wanted = kills.files.contents(getattr(torn.peace, area))
+        wanted = kills.files.contents(getattr(peace, area))
         assert len(wanted) > 10
-        for run in torn.runs:
+        for run in torn:
             assert kills.files.differences(wanted, kills.files.contents(getattr(run, area))) == {}, run.struck
 
 
-def test_nothing_is_left_to_do_behind_the_last_file_of_a_finished_run(torn: Torn) -> None:
+def test_nothing_is_left_to_do_behind_the_last_file_of_a_finished_run(peace: Any) -> None:
     """A run that is killed once all files are there counts as finished, and is not tidied again."""
-    changes = [line.split(" ", 2)[2] for line in torn.peace.trace.read_text().splitlines()]
+    changes = [line.split(" ", 2)[2] for line in peace.trace.read_text().splitlines()]
     last = max(at for at, path in enumerate(changes) if "/.ranking.png." in path)
     behind = changes[last + 1 :]
     assert behind and all("/.report.html." in path for path in behind), behind
 
 
 def test_a_live_run_keeps_its_directory_to_itself(
-    kills: ModuleType, server: Any, torn: Torn, world: Any, tmp_path: Path
+    kills: ModuleType, server: Any, peace: Any, world: Any, tmp_path: Path
 ) -> None:
     one, other = (kills.Run(server, world, tmp_path) for _ in range(2))
     [holder] = one.start(kills.Moment("training", 3))
@@ -104,5 +100,5 @@ def test_a_live_run_keeps_its_directory_to_itself(
     while server.poll(holder) is None:
         time.sleep(0.01)
     one.finish()
-    assert (one.path / "ranking.json").read_bytes() == (torn.peace.path / "ranking.json").read_bytes()
+    assert (one.path / "ranking.json").read_bytes() == (peace.path / "ranking.json").read_bytes()
     assert json.loads((one.path / "ledger.json").read_text())["ledgers"]
