@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -72,6 +73,18 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256_of` a file that is asked for again and again; read once in a process as long as nobody writes it."""
+    found = path.stat()
+    return _sha256_at(path, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=4096)
+def _sha256_at(path: Path, state: tuple[int, ...]) -> str:
+    """The file's sha256; `state`, of the file, makes the answer of an older one void."""
+    return sha256_of(path)
 
 
 def fetch_pypi(archive: PyPiArchive) -> Path:

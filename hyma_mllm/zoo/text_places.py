@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.foreign import UNREADABLE, parse_json, reason
+from hyma_mllm.packages import sha256_once
 
 # The hub's client moved from one HTTP library to the next; the name that it imports is right under either.
 _HUB_FAILS = (HTTPError, OSError)
@@ -186,9 +187,7 @@ def _fingerprint(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{relative.as_posix()}\0{digest}\n".encode())
+            total.update(f"{relative.as_posix()}\0{sha256_once(path)}\n".encode())
     return total.hexdigest()
 
 

@@ -7,6 +7,7 @@ concatenates two blocks, and `#2` gives the same encoder a second id, as a contr
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hyma_mllm.errors import HymaError, near_names
-from hyma_mllm.packages import sha256_of
+from hyma_mllm.packages import sha256_once
 from hyma_mllm.zoo.backbones import Backbone, Reading, Tower, fold_where_exact
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.converted import WEIGHTS, converted_dir
@@ -126,7 +127,7 @@ def image_card(name: str) -> ModelCard:
             f"There is no image encoder {name}; {near_names(base, [*IMAGE_CARDS, *PACKAGED])} "
             "Others are named timm:<name> or hf:<hub id or directory>."
         )
-    return _outside_card(name)
+    return _outside_card(name, _revision(*_parts(base)))
 
 
 def load_image_encoder(
@@ -203,8 +204,13 @@ def open_network(base: str, weights: bool = True) -> Tower:
     return open_transformers(str(path) if path else source.removeprefix("hf:"), weights)
 
 
-def _outside_card(name: str) -> ModelCard:
-    """The card of a timm or transformers model: a meta-device forward pass tells every shape."""
+@lru_cache(maxsize=256)
+def _outside_card(name: str, revision: str) -> ModelCard:
+    """The card of a timm or transformers model: a meta-device forward pass tells every shape.
+
+    Made once in a process, for a configuration asks for its cards again and again; `revision` makes the card of older
+    files void.
+    """
     parsed = parse_image_name(name)
     source, path = _parts(parsed.base)
     tower = open_network(parsed.base, weights=False)
@@ -217,7 +223,7 @@ def _outside_card(name: str) -> ModelCard:
         id=name,
         kind="image",
         source=f"{path} (local)" if path else f"{source} (hub)",
-        revision=_revision(source, path),
+        revision=revision,
         width=sum(readings[block].pooled.shape[1] for block in parsed.blocks),
         parameters=tower.parameters,
         licence="see its model card",
@@ -235,7 +241,7 @@ def _revision(source: str, path: Path | None) -> str:
         digest = hashlib.sha256()
         for file in files:
             if file.is_file():
-                digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+                digest.update(f"{file.name} {sha256_once(file)}\n".encode())
         return digest.hexdigest()
     if source.startswith("timm:"):
         import timm

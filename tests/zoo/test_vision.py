@@ -1,6 +1,7 @@
 """Names, cards and loaders of image encoders, on tiny models with random weights."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,7 +25,9 @@ from transformers import (
     ViTModel,
 )
 
+from hyma_mllm import packages
 from hyma_mllm.errors import HymaError
+from hyma_mllm.zoo import vision
 from hyma_mllm.zoo.backbones import fold_batch_norms
 from hyma_mllm.zoo.converted import Converted, convert_once
 from hyma_mllm.zoo.towers import open_timm
@@ -170,6 +173,23 @@ def test_weights_that_changed_are_refused(checkpoints: Path) -> None:
     card = image_card(f"hf:{checkpoints / 'vit'}")
     with pytest.raises(HymaError, match="no longer at"):
         load_image_encoder(replace(card, revision="0" * 64))
+
+
+def test_local_files_are_read_again_only_once_they_changed(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(checkpoints / "vit", tmp_path / "vit")
+    opened = Mock(side_effect=vision.open_network)
+    read = Mock(side_effect=packages.sha256_of)
+    monkeypatch.setattr(vision, "open_network", opened)
+    monkeypatch.setattr(packages, "sha256_of", read)
+    card = image_card(f"hf:{folder}")
+    looks = read.call_count
+    assert image_card(f"hf:{folder}") == card and (opened.call_count, read.call_count) == (1, looks)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    assert image_card(f"hf:{folder}").revision != card.revision
+    assert (opened.call_count, read.call_count) == (2, looks + 1)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
