@@ -24,8 +24,10 @@ from hyma_mllm.mllm_placement import TYPICAL_TEXT, bytes_per_weight, pair_flops,
 from hyma_mllm.objectives.causal_lm import CausalConfig
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search import flops
+from hyma_mllm.search.closed_form import ClosedFormConfig
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
+from hyma_mllm.search.starts import stand_ins
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.llm import (
     DEFAULT_LLM_IDS,
@@ -145,7 +147,14 @@ class MLLMConfig:
     hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
     objective: CausalConfig = field(default_factory=CausalConfig)
     search: SearchConfig = field(
-        default_factory=lambda: SearchConfig(methods=["hyma"], connectors=["mlp1"], hidden=0, activation="gelu")
+        default_factory=lambda: SearchConfig(
+            methods=["hyma"],
+            connectors=["mlp1"],
+            hidden=0,
+            activation="gelu",
+            closed_form=ClosedFormConfig(kind="words", strength=1.0),
+            blend=[1.0],  # no untrained projector was ever the better one
+        )
     )
     answer_batch: int = 32
 
@@ -293,7 +302,8 @@ def print_bill(config: MLLMConfig, counts: Counts, accelerator: Accelerator, say
 def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
     means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
-    network = Hypernetwork(grid, spec, config.hypernetwork, *means)
+    started = parts(config.hypernetwork, spec.depth).base == "closed_form"
+    network = Hypernetwork(grid, spec, config.hypernetwork, *means, starts=stand_ins(grid, spec) if started else None)
     sizes = describe(network)
     loss = sum(pair_flops(config, connector))
     say(

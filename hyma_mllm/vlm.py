@@ -115,6 +115,8 @@ def check(config: VLMConfig) -> int:
     grid = config.grid()
     PairSampler(tuple(range(len(grid))), config.search.pairs_per_visit, config.search.sampler, 0)
     ContrastiveObjective(config.objective)
+    for connector in config.search.connectors:
+        config.search.check_contrastive(parts(config.hypernetwork, config.search.spec(connector).depth).base)
     if config.search.parallel != "data":
         raise HymaError(
             "search.parallel is pairs, which spreads LLMs over processes (recipes/mllm.py), and here are none; set it "

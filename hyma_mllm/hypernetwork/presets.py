@@ -19,8 +19,8 @@ class HypernetworkConfig:
 
     Attributes:
         preset: `hyma` is the paper's (a row per pair, dense head), `hyper-align` predicts from mean features (linear
-            connectors only), `default` is the best found for all cases, `closed-form` the best where stored features of
-            both sides are there (image and text encoders).
+            connectors only), `default` starts every connector at random, `closed-form`, the best found, at a
+            connector that is computed for the pair (`search.closed_form`).
         condition: what tells pairs apart: `pair`, `factored` or `features`; the preset's if null.
         head: `dense`, `chunked` or `low_rank`; the preset's if null.
         base: what a head adds to: one learned base per layer `shape`, `factored` by the models that a layer touches, or

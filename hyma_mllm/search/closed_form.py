@@ -31,6 +31,10 @@ from hyma_mllm.search.moments import ModelMoments, training_moments
 from hyma_mllm.search.task import VLMTask
 
 ClosedForm = Literal["ridge", "whitened"]
+"""Of image and text encoders, computed here."""
+
+Start = Literal["ridge", "whitened", "words"]
+"""All closed forms: `words` is that of vision towers and LLMs, in `word_start`."""
 
 LEAST_STRENGTH = 1e-6
 """Below it a rank-deficient covariance has no reliable Cholesky factor, even in float64."""
@@ -41,18 +45,19 @@ class ClosedFormConfig:
     """Which closed form.
 
     Attributes:
-        kind: `ridge` (least squares from text to image) or `whitened` (both sides whitened).
+        kind: `ridge` (least squares from text to image) or `whitened` (both sides whitened) between encoders, `words`
+            (pictures onto the words of their answers) from vision towers into LLMs.
         strength: regularisation, in mean eigenvalues of the covariance that is inverted; at least 1e-6.
 
     Raises:
         HymaError: for a value that names no closed form.
     """
 
-    kind: ClosedForm = "whitened"
+    kind: Start = "whitened"
     strength: float = 3.0
 
     def __post_init__(self) -> None:
-        known = get_args(ClosedForm)
+        known = get_args(Start)
         if self.kind not in known:
             raise HymaError(f"The closed form {self.kind!r} is unknown; {near_names(str(self.kind), known)}.")
         if not LEAST_STRENGTH <= self.strength < math.inf:
@@ -89,6 +94,8 @@ def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] |
     Raises:
         HymaError: if no training picture has a caption, or a model's features are not finite.
     """
+    if config.kind == "words":
+        raise ValueError("words is the closed form of an MLLM search; word_start computes it")
     wanted = list(range(len(task.grid))) if pairs is None else [int(index) for index in pairs]
     whitened = config.kind == "whitened"
     found = training_moments(task, wanted, image_covariances=whitened)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.search.budget import Budget
-from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig
+from hyma_mllm.search.closed_form import ClosedFormConfig, Start
 from hyma_mllm.search.guard import GuardConfig
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.placement import Parallel
@@ -23,6 +23,7 @@ Method = Literal[
     "mordal",
     "ridge",
     "whitened",
+    "words",
     "cka",
     "mutual-knn",
     "cca",
@@ -33,13 +34,13 @@ Method = Literal[
 AT_HYMAS_COST = ("constrained-grid", "random", "halving", "mordal")
 """Methods that may spend what HYMA spent, where no budget is set."""
 
-CLOSED_FORMS: tuple[ClosedForm, ...] = get_args(ClosedForm)
+CLOSED_FORMS: tuple[Start, ...] = get_args(Start)
 """Methods whose connectors are computed and not trained."""
 
 TRAINING_FREE = (*get_args(Measure), "unimodal")
 """Methods that rank the pairs without any connector."""
 
-FEATURES_NEEDED = ("mordal", *CLOSED_FORMS, *TRAINING_FREE)
+FEATURES_NEEDED = ("mordal", "ridge", "whitened", *TRAINING_FREE)
 """Methods that read stored features of both sides, which only the contrastive search has."""
 
 
@@ -139,10 +140,10 @@ class SearchConfig:
             steps does), `random` or `cyclic`.
         optimiser: of the hypernetwork.
         rival_optimiser: of the independent connectors.
-        warm_start: what the rivals' connectors start from: `none` (at random), or the closed form `ridge` or
-            `whitened`, which is on their bill.
-        closed_form: of the hypernetwork's base `closed_form`; its strength is that of the methods `ridge` and
-            `whitened` and of `warm_start` too.
+        warm_start: what the rivals' connectors start from: `none` (at random), or a closed form, which is on their
+            bill: `ridge` or `whitened` between encoders, `words` into LLMs.
+        closed_form: of the hypernetwork's base `closed_form`; its strength is that of the methods `ridge`, `whitened`
+            and `words` and of `warm_start` too.
         blend: shares of the way from a closed form to what HYMA trained from it; each pair takes the one with the best
             validation score. `[1]` takes what was trained. Of no account where HYMA starts from no closed form.
         halving: of the method `halving`.
@@ -171,7 +172,7 @@ class SearchConfig:
     sampler: PairSampling = "fair"
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
     rival_optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
-    warm_start: Literal["none", "ridge", "whitened"] = "none"
+    warm_start: Literal["none", "ridge", "whitened", "words"] = "none"
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
     blend: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
     halving: HalvingConfig = field(default_factory=HalvingConfig)
@@ -252,11 +253,30 @@ class SearchConfig:
                 f"search.methods lists {chosen[0]}, which compares stored features of both sides, and an LLM has none; "
                 "take it out, or search with recipes/vlm.py."
             )
-        if self.warm_start != "none":
+        for key, given in self._starts(hypernetwork_base):
+            if given != "words":
+                raise HymaError(
+                    f"{key} is {given}, which joins two encoders; set it to words, the closed form of towers and LLMs."
+                )
+
+    def check_contrastive(self, hypernetwork_base: str | None) -> None:
+        """Refuse what a search over encoders cannot do, for it has no LLM whose words could be read.
+
+        Raises:
+            HymaError: a method, a warm start or a base needs them.
+        """
+        if "words" in self.methods:
             raise HymaError(
-                f"search.warm_start is {self.warm_start}, and no closed form joins a tower to an LLM; set it to none."
+                "search.methods lists words, which joins vision towers to LLMs; take ridge or whitened, or search with "
+                "recipes/mllm.py."
             )
-        if hypernetwork_base == "closed_form":
-            raise HymaError(
-                "hypernetwork.base is closed_form, and no closed form joins a tower to an LLM; set it to factored."
-            )
+        for key, given in self._starts(hypernetwork_base):
+            if given == "words":
+                raise HymaError(f"{key} is words, which joins vision towers to LLMs; set it to ridge or whitened.")
+
+    def _starts(self, hypernetwork_base: str | None) -> list[tuple[str, str]]:
+        """Keys that name a closed form that would be used, with what they say."""
+        found: list[tuple[str, str]] = [("search.warm_start", self.warm_start)] if self.warm_start != "none" else []
+        if hypernetwork_base == "closed_form" and "hyma" in self.methods:
+            found.append(("search.closed_form.kind", self.closed_form.kind))
+        return found

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyma_mllm.data.rows import Row
 from hyma_mllm.search.budget import Budget
-from hyma_mllm.search.closed_form import ClosedForm
+from hyma_mllm.search.closed_form import Start
 from hyma_mllm.search.config import Method
 from hyma_mllm.search.ledger import Cost, Ledger, Meter
 from hyma_mllm.search.method import Found, Setting
@@ -19,7 +19,7 @@ from hyma_mllm.search.starts import contrastive
 from hyma_mllm.search.unimodal import unimodal_scores
 
 
-def closed_form(kind: ClosedForm, search: Setting, connector: str, seed: int, budget: Budget) -> Found:
+def closed_form(kind: Start, search: Setting, connector: str, seed: int, budget: Budget) -> Found:
     """Score the closed-form connector of every pair; it costs what it costs, whatever the budget."""
     spec = search.config.spec(connector)
     bank = search.network(kind, spec, seed).to(search.accelerator.device)

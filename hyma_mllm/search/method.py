@@ -16,7 +16,7 @@ from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search import flops
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.budget import Budget, period, steps_within
-from hyma_mllm.search.closed_form import ClosedForm
+from hyma_mllm.search.closed_form import Start
 from hyma_mllm.search.config import Method, SearchConfig
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.ledger import Cost, Ledger, Meter
@@ -75,7 +75,7 @@ class Setting:
     stop: StopRequest
     placement: Placement = ALONE
     labels: Tensor | None = None
-    _starts: dict[tuple[ClosedForm, str], Starts] = field(default_factory=dict, init=False, repr=False)
+    _starts: dict[tuple[Start, str], Starts] = field(default_factory=dict, init=False, repr=False)
 
     def network(self, method: Method, spec: ConnectorSpec, seed: int) -> Hypernetwork | ConnectorBank:
         """What makes the connectors of this method, untrained."""
@@ -92,7 +92,7 @@ class Setting:
         if method == "hyma":
             if parts(self.hypernetwork, spec.depth).base != "closed_form":
                 return None
-        elif method == "ridge" or method == "whitened":
+        elif method in ("ridge", "whitened", "words"):
             kind = method
         elif config.warm_start == "none":
             return None

@@ -10,12 +10,14 @@ from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
 from hyma_mllm.pairs import PairGrid
-from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, closed_forms
+from hyma_mllm.search.closed_form import ClosedFormConfig, Start, closed_forms
 from hyma_mllm.search.flops import as_connector_flops
 from hyma_mllm.search.ledger import Cost, Meter
 from hyma_mllm.search.linear_start import training_start
+from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.pair_loss import SearchTask
 from hyma_mllm.search.task import VLMTask
+from hyma_mllm.search.word_start import word_starts
 
 
 @dataclass
@@ -49,27 +51,35 @@ def contrastive(task: SearchTask, what: str) -> VLMTask:
 
 
 def closed_starts(
-    task: SearchTask, spec: ConnectorSpec, kind: ClosedForm, strength: float, accelerator: Accelerator
+    task: SearchTask, spec: ConnectorSpec, kind: Start, strength: float, accelerator: Accelerator
 ) -> Starts:
     """The closed-form connector of every pair, in a connector family.
 
     Args:
-        task: a contrastive one.
+        task: of the case that the closed form is for.
         spec: the connector family.
         kind: which closed form.
         strength: of its regularisation.
         accelerator: of this process; the bill has its memory.
 
     Raises:
-        HymaError: the task has no stored features of both sides.
+        HymaError: the closed form is not one of this task.
     """
-    features = contrastive(task, f"The closed form {kind}")
-    cost = Cost(samples_per_pair=float(len(features.train)))
+    cost = Cost()
     with Meter(cost, accelerator.device):
-        found = closed_forms(features, ClosedFormConfig(kind=kind, strength=strength))
-        states = [training_start(state, spec) for state in found.states]
-    shapes = [task.grid.shape(pair) for pair in range(len(task.grid))]
-    cost.flops += found.flops + sum(as_connector_flops(spec, shape) for shape in shapes)
+        if kind == "words":
+            if not isinstance(task, MLLMTask):
+                raise HymaError(
+                    "The closed form words joins vision towers to LLMs; take ridge or whitened for encoders."
+                )
+            words = word_starts(task, spec, strength)
+            states, cost.flops, cost.samples_per_pair = words.states, words.flops, float(words.pictures)
+        else:
+            features = contrastive(task, f"The closed form {kind}")
+            found = closed_forms(features, ClosedFormConfig(kind=kind, strength=strength))
+            states = [training_start(state, spec) for state in found.states]
+            cost.flops, cost.samples_per_pair = found.flops, float(len(features.train))
+    cost.flops += sum(as_connector_flops(spec, task.grid.shape(pair)) for pair in range(len(task.grid)))
     return Starts(states, cost)
 
 

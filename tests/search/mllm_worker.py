@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_mllm_task import make_task
+from tiny_causal import make_task
 
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
 from hyma_mllm.objectives.causal_lm import CausalConfig, CausalObjective
@@ -27,6 +27,7 @@ def train(parallel: Parallel, accelerator: Accelerator, folder: Path) -> None:
     config = SearchConfig(
         methods=["hyma", "grid"], connectors=["mlp1"], hidden=0, activation="gelu", seeds=[0], steps=6, grid_steps=4,
         batch=8, parallel=parallel, optimiser=fast, rival_optimiser=fast, evaluate_every=3, checkpoint_every=2,
+        warm_start="words",
     )  # fmt: skip
     run = RunDirectory(folder / parallel, {}, accelerator.is_main_process)
     objective = CausalConfig(vocabulary_chunk=7)

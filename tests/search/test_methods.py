@@ -10,6 +10,7 @@ from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.presets import Preset
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.budget import Budget
+from hyma_mllm.search.closed_form import ClosedFormConfig
 from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.ledger import Cost, Ledger
 from hyma_mllm.search.methods import METHODS, Found, Method, Search, SearchConfig, all_connectors
@@ -212,7 +213,7 @@ def test_every_name_has_a_method_and_every_method_a_name() -> None:
         ({"methods": ["hyma", "cka"]}, "factored", "search.methods lists cka"),
         ({"methods": ["whitened", "hyma"]}, "factored", "search.methods lists whitened"),
         ({"warm_start": "ridge"}, "shape", "search.warm_start is ridge"),
-        ({}, "closed_form", "hypernetwork.base is closed_form"),
+        ({}, "closed_form", "search.closed_form.kind is whitened"),
     ],
 )
 def test_what_an_mllm_search_cannot_do_is_refused(changes: dict[str, object], base: str, sentence: str) -> None:
@@ -220,3 +221,19 @@ def test_what_an_mllm_search_cannot_do_is_refused(changes: dict[str, object], ba
         SearchConfig(**changes).check_causal(base)  # type: ignore[arg-type]
     SearchConfig().check_causal("factored")
     SearchConfig(methods=["hyma", "halving"]).check_causal(None)
+    SearchConfig(methods=["hyma", "words"], warm_start="words").check_causal(None)
+    SearchConfig(closed_form=ClosedFormConfig("words")).check_causal("closed_form")
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "sentence"),
+    [
+        ({"methods": ["hyma", "words"]}, "factored", "search.methods lists words"),
+        ({"warm_start": "words"}, "shape", "search.warm_start is words"),
+        ({"closed_form": ClosedFormConfig("words")}, "closed_form", "search.closed_form.kind is words"),
+    ],
+)
+def test_what_a_search_over_encoders_cannot_do_is_refused(changes: dict[str, object], base: str, sentence: str) -> None:
+    with pytest.raises(HymaError, match=sentence):
+        SearchConfig(**changes).check_contrastive(base)  # type: ignore[arg-type]
+    SearchConfig(closed_form=ClosedFormConfig("words"), warm_start="ridge").check_contrastive("factored")
