@@ -59,8 +59,8 @@ FAMILIES = {
     ("mllm", False): ["mlp1"],
     ("mllm", True): ["mlp1"],
 }
-QUICK_MLLM = {"steps": 40, "batch": 8, "validation": 60, "tests": 100}
-"""Of a quick MLLM case: the plain grid's steps and batch, validation questions, and questions of each test."""
+QUICK_MLLM = {"steps": 40, "batch": 8, "validation": 60, "test": 150}
+"""Of a quick MLLM case: the plain grid's steps and batch, validation questions, and those of the test that ranks."""
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -133,8 +133,11 @@ VLM = (
 MLLM = (
     Contestant("hyma", "hyma"),
     Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3}),
+    Contestant("hyma, no closed form", "hyma", {}, {"preset": "default"}),
     Contestant("hyma as published", "hyma", {"sampler": "cyclic", "pairs_per_visit": 3}, {"preset": "hyma"}),
     Contestant("constrained grid", "constrained-grid"),
+    Contestant("constrained grid, words start", "constrained-grid", {"warm_start": "words"}),
+    Contestant("words", "words", trains=False),
     Contestant("successive halving", "halving"),
     Contestant("random", "random"),
 )
@@ -177,8 +180,8 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     config, _ = launch.parse(mllm.MLLMConfig, RECIPES / "mllm.yaml", mllm.SHORTCUTS, arguments=terms)
     config.data, config.threads = replace(config.data, split_seed=arguments.split_seed), arguments.threads
     if arguments.quick:
-        tests = dict.fromkeys(config.data.tests, QUICK_MLLM["tests"])
-        config.data = replace(config.data, tests=tests, validation_limit=QUICK_MLLM["validation"])
+        first = next(iter(config.data.tests))
+        config.data = replace(config.data, tests={first: QUICK_MLLM["test"]}, validation_limit=QUICK_MLLM["validation"])
         config.search = replace(config.search, grid_steps=QUICK_MLLM["steps"], batch=QUICK_MLLM["batch"])
     config.towers, config.llms = arguments.towers or config.towers, arguments.llms or config.llms
     accelerator = launch.start(config)

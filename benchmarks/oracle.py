@@ -33,7 +33,7 @@ class Candidate:
 
     lr: float
     weight_decay: float = 0.01
-    warm_start: Literal["none", "ridge", "whitened"] = "none"
+    warm_start: Literal["none", "ridge", "whitened", "words"] = "none"
     scale: float | None = None
     steps: float = 1.0
 
@@ -54,8 +54,14 @@ VLM_CANDIDATES = (
     Candidate(1e-3, warm_start="whitened", scale=15.0),
 )
 QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[4])
-MLLM_CANDIDATES = (Candidate(2e-3), Candidate(5e-3), Candidate(2e-3, 0.1))
-QUICK_MLLM_CANDIDATES = (Candidate(2e-3),)
+MLLM_CANDIDATES = (
+    Candidate(2e-3),
+    Candidate(5e-3),
+    Candidate(2e-3, 0.1),
+    Candidate(2e-3, warm_start="words"),
+    Candidate(5e-3, warm_start="words"),
+)
+QUICK_MLLM_CANDIDATES = (MLLM_CANDIDATES[0], MLLM_CANDIDATES[3])
 CANDIDATES = {
     ("vlm", False): VLM_CANDIDATES,
     ("vlm", True): QUICK_VLM_CANDIDATES,
