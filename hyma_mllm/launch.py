@@ -13,7 +13,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from hyma_mllm.errors import HymaError
 from hyma_mllm.foreign import UNREADABLE, check_yaml, reason
@@ -153,7 +153,7 @@ def in_run_directory(
         search: fills the run directory.
         show: writes the report and prints a summary, on the main process.
     """
-    with closing(RunDirectory(config.run, config.resolved(), accelerator.is_main_process)) as run:
+    with closing(_opened(config, accelerator)) as run:
         if is_finished(run.path, finished):
             accelerator.print(f"The run {run.path} was finished before; set --run to a new directory for another.")
         else:
@@ -163,3 +163,23 @@ def in_run_directory(
             accelerator.end_training()
         if accelerator.is_main_process:
             show(run.path)
+
+
+def _opened(config: RecipeConfig, accelerator: Accelerator) -> RunDirectory:
+    """The run directory; where the main process may not have it, it says why and the others end without a word.
+
+    Raises:
+        SystemExit: in the others, with the code that the main process ends with.
+    """
+    run, refusal = None, None
+    try:
+        run = RunDirectory(config.run, config.resolved(), accelerator.is_main_process)
+    except Exception as error:
+        refusal = error
+    refused = [refusal is not None]
+    broadcast_object_list(refused)
+    if refusal is not None:
+        raise refusal
+    if run is None or refused[0]:
+        raise SystemExit(2)
+    return run

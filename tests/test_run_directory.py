@@ -2,9 +2,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from hyma_mllm import launch
 from hyma_mllm.errors import HymaError
 from hyma_mllm.run_directory import RunDirectory
 
@@ -28,6 +31,25 @@ def test_a_live_run_keeps_others_out(tmp_path: Path) -> None:
     assert "in use by a live run" in second.stderr
     held.close()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_where_the_main_process_is_refused_the_others_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for it, and say at length that a connection broke."""
+    heard: list[bool] = []
+
+    def tell(told: list[bool]) -> None:
+        heard.extend(told)
+        told[0] = True
+
+    monkeypatch.setattr(launch, "broadcast_object_list", tell)
+    work = Mock()
+    config = SimpleNamespace(run=tmp_path / "run", resolved=dict, tracker=None)
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(HymaError, match="which is a file"):
+        launch.in_run_directory(config, SimpleNamespace(is_main_process=True), (), work, work)
+    with pytest.raises(SystemExit) as end:
+        launch.in_run_directory(config, SimpleNamespace(is_main_process=False), (), work, work)
+    assert (end.value.code, heard, work.called) == (2, [True, False], False)
 
 
 def test_a_strangers_directory_and_a_file_are_refused(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ class Run:
     def finish(self, trace: bool = False) -> None:
         """Run the command to its end."""
         pids = self.start(trace=trace)
-        codes = self._wait(pids)
+        codes = self.wait(pids)
         assert codes == [0] * len(pids), f"{codes}: {self.said()}"
 
     def strike(self, moment: Moment) -> bool:
@@ -189,7 +189,7 @@ class Run:
             code = self.server.poll(pids[0])
             if code is not None:
                 assert code == 0, self.said()
-                self._wait(pids)
+                self.wait(pids)
                 return False
             assert time.monotonic() - waited < PATIENCE, self.said()
             time.sleep(LIVE)
@@ -198,13 +198,14 @@ class Run:
             os.killpg(pids[0], signal.SIGKILL)
         else:
             os.kill(pids[int(moment.victim)], signal.SIGKILL)
-        codes = self._wait(pids)
+        codes = self.wait(pids)
         if all(code == 0 for code in codes):
             return False
         self.struck.append(phases.phase_of(self.path, phases.Steps(**self.world.steps)))
         return True
 
-    def _wait(self, pids: list[int]) -> list[int]:
+    def wait(self, pids: list[int]) -> list[int]:
+        """Their exit codes, once all have ended."""
         waited = time.monotonic()
         codes: dict[int, int | None] = dict.fromkeys(pids)
         while None in codes.values():

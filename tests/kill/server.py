@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import scipy.stats  # noqa: F401
 import timm  # noqa: F401
 import torch
 from phases import Steps, phase_of

@@ -87,18 +87,14 @@ def test_a_live_run_keeps_its_directory_to_itself(
         time.sleep(0.01)
     before = kills.files.contents(one.path)
     one.output.unlink()
-    [second] = other.start()
-    while (code := server.poll(second)) is None:
-        time.sleep(0.01)
-    assert code == 2
+    assert other.wait(other.start()) == [2]
     said = one.said().strip().splitlines()[-1]
     assert said == (
         f"error: The run directory {one.path} is in use by a live run; wait for it, stop it, or set --run to another."
     )
     assert kills.files.differences(before, kills.files.contents(one.path)) == {}
     os.killpg(holder, signal.SIGKILL)
-    while server.poll(holder) is None:
-        time.sleep(0.01)
+    one.wait([holder])
     one.finish()
     assert (one.path / "ranking.json").read_bytes() == (peace.path / "ranking.json").read_bytes()
     assert json.loads((one.path / "ledger.json").read_text())["ledgers"]
