@@ -59,9 +59,9 @@ MLLM_CANDIDATES = (
     Candidate(5e-3),
     Candidate(2e-3, 0.1),
     Candidate(2e-3, warm_start="words"),
-    Candidate(5e-3, warm_start="words"),
+    Candidate(6e-3, warm_start="words"),
 )
-QUICK_MLLM_CANDIDATES = (MLLM_CANDIDATES[0], MLLM_CANDIDATES[3])
+QUICK_MLLM_CANDIDATES = (MLLM_CANDIDATES[0], MLLM_CANDIDATES[-1])
 CANDIDATES = {
     ("vlm", False): VLM_CANDIDATES,
     ("vlm", True): QUICK_VLM_CANDIDATES,
