@@ -55,13 +55,13 @@ VLM_CANDIDATES = (
 )
 QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[4])
 MLLM_CANDIDATES = (
+    Candidate(1e-2),
+    Candidate(1.5e-2, warm_start="words"),
     Candidate(2e-3),
-    Candidate(5e-3),
-    Candidate(2e-3, 0.1),
-    Candidate(2e-3, warm_start="words"),
-    Candidate(6e-3, warm_start="words"),
+    Candidate(5e-3, warm_start="words"),
+    Candidate(1e-2, 0.1),
 )
-QUICK_MLLM_CANDIDATES = (MLLM_CANDIDATES[0], MLLM_CANDIDATES[-1])
+QUICK_MLLM_CANDIDATES = MLLM_CANDIDATES[:2]
 CANDIDATES = {
     ("vlm", False): VLM_CANDIDATES,
     ("vlm", True): QUICK_VLM_CANDIDATES,
