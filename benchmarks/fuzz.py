@@ -49,7 +49,7 @@ else:
     from fuzz_mutate import Files, mutated_bytes
     from fuzz_reader import Reader
 
-CHUNK = 250
+CHUNK = 2500
 SECONDS = 60
 MEMORY = 6 << 30
 VERSIONED = ("hyma_mllm", "torch", "transformers", "datasets", "pyarrow", "pillow", "safetensors", "gguf", "pyyaml")
