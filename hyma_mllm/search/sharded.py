@@ -96,6 +96,8 @@ class Sharded(Engine):
         else:
             self.kind = f"FSDP2 on {accelerator.num_processes} processes"
         self.module, self.optimiser = accelerator.prepare(owned, optimiser(owned.parameters()))
+        if not self.deepspeed:
+            _start_counting(self.optimiser)
         self._forget()
 
     def begin(self, visits: Sequence[Sequence[int]]) -> None:
@@ -195,6 +197,18 @@ def _configure(accelerator: Accelerator, owned: Predicted, clip: float) -> int:
         # All weights are fetched together: a step need not use all, and which it uses differs between steps.
         set_z3_leaf_modules(owned, [Predicted])
     return int(plugin.zero_stage)
+
+
+def _start_counting(optimiser: torch.optim.Optimizer) -> None:
+    """Give AdamW its state, at zero steps.
+
+    To have something to write into a checkpoint before the first step, torch would take an empty step, and AdamW would
+    count it: its first steps would then be a quarter too small.
+    """
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
 
 
 def _gathered(part: nn.Parameter) -> AbstractContextManager[Any]:
