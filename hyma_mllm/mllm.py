@@ -20,7 +20,7 @@ from hyma_mllm.data.token_library import TokenConfig
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
-from hyma_mllm.mllm_placement import TYPICAL_TEXT, bytes_per_weight, pair_flops, print_placement
+from hyma_mllm.mllm_placement import TYPICAL_TEXT, loaded_bytes, pair_flops, print_placement
 from hyma_mllm.objectives.causal_lm import CausalConfig
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search import flops
@@ -40,6 +40,7 @@ from hyma_mllm.zoo.llm import (
     load_llm,
     load_tokenizer,
 )
+from hyma_mllm.zoo.llm_shape import llm_shape
 from hyma_mllm.zoo.vision_tokens import DEFAULT_TOWER_IDS, tower_card, tower_on_disk
 
 logger = logging.getLogger("hyma_mllm")
@@ -287,7 +288,7 @@ def print_bill(config: MLLMConfig, counts: Counts, accelerator: Accelerator, say
         say(f"  tower {card.id}: {card.tokens} tokens of width {card.width}, {size:.0f} kB a picture, {where}")
     for card in llms:
         where = "on disk" if llm_on_disk(card) else f"to be fetched from {card.source}"
-        size = card.parameters * bytes_per_weight(config) / 1e9
+        size = loaded_bytes(config, llm_shape(card)) / 1e9
         say(f"  LLM   {card.id}: width {card.width}, {card.parameters / 1e6:.0f} M parameters, {size:.1f} GB, {where}")
     say(
         f"{len(towers)} towers x {len(llms)} LLMs = {len(grid)} pairs; "

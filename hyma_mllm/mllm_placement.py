@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.planning.training import llm_weights
 from hyma_mllm.search import flops
 from hyma_mllm.search.placement import Load, Placement, held_bytes, place, plan_lines
+from hyma_mllm.zoo.llm_shape import LLMShape, llm_shape
 
 if TYPE_CHECKING:
     from hyma_mllm.mllm import MLLMConfig
@@ -18,18 +20,19 @@ if TYPE_CHECKING:
 TYPICAL_TEXT = 30
 """Tokens of a short question behind the picture: what the bill reckons with before any question was read."""
 
-BYTES_PER_WEIGHT = {
-    "none": {"bf16": 2.0, "fp32": 4.0},
-    "bf16": {"bf16": 2.0, "fp32": 2.0},
-    "int8": {"bf16": 1.1, "fp32": 1.1},
-    "nf4": {"bf16": 0.6, "fp32": 0.6},
-}
-"""By quantisation and precision."""
+LAYER_BYTES = {"int8": 1.02, "nf4": 0.53, "bf16": 2.0}
+"""Of a quantised weight, its scale included; otherwise the dtype's."""
+
+ELEMENT = {"bf16": 2, "fp32": 4}
 
 
-def bytes_per_weight(config: "MLLMConfig") -> float:
-    """Memory of one weight of an LLM, bytes."""
-    return BYTES_PER_WEIGHT[config.llm.quantisation][config.llm.precision()]
+def loaded_bytes(config: "MLLMConfig", shape: LLMShape) -> float:
+    """Bytes of an LLM's weights as this run loads them."""
+    plain = float(ELEMENT[config.llm.precision()])
+    if config.llm.quantisation == "none":
+        return llm_weights(shape, plain, plain)
+    words = 2.0 if config.llm.quantisation == "bf16" else plain
+    return llm_weights(shape, LAYER_BYTES[config.llm.quantisation], words)
 
 
 def pair_flops(config: "MLLMConfig", connector: str) -> list[float]:
@@ -46,10 +49,12 @@ def pair_flops(config: "MLLMConfig", connector: str) -> list[float]:
 def loads(config: "MLLMConfig") -> list[Load]:
     """What each LLM asks of the processes that hold it, with the first family of connectors; from the cards."""
     per_pair = pair_flops(config, config.search.connectors[0])
-    grid, weight = config.grid(), bytes_per_weight(config)
+    per_llm = [0.0] * len(config.llm_cards())
+    for pair in config.grid().pairs():
+        per_llm[pair.text] += per_pair[pair.index]
     return [
-        Load(card.id, card.parameters * weight, sum(per_pair[pair.index] for pair in grid.pairs() if pair.text == llm))
-        for llm, card in enumerate(config.llm_cards())
+        Load(card.id, loaded_bytes(config, llm_shape(card)), work)
+        for card, work in zip(config.llm_cards(), per_llm, strict=True)
     ]
 
 

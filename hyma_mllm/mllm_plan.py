@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from hyma_mllm.command import console
 from hyma_mllm.data.token_codes import row_bytes
-from hyma_mllm.mllm_placement import loads
+from hyma_mllm.mllm_placement import ELEMENT, loaded_bytes, loads
 from hyma_mllm.planning.machine import room_of
 from hyma_mllm.planning.needs import Change, Need, Place, Plan, Room, halves, refuse_what_cannot_fit, setting
 from hyma_mllm.planning.search import LIBRARIES, predicted_need, sampler_of, trained_needs, visit_shapes
@@ -17,13 +17,12 @@ from hyma_mllm.planning.training import (
     causal_loss,
     causal_visit,
     embedding_pass,
-    llm_weights,
     projector_visit,
 )
 from hyma_mllm.search.placement import place
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.llm import llm_on_disk
-from hyma_mllm.zoo.llm_shape import LLMShape, llm_shape
+from hyma_mllm.zoo.llm_shape import llm_shape
 from hyma_mllm.zoo.vision_tokens import tower_on_disk
 
 if TYPE_CHECKING:
@@ -40,11 +39,6 @@ WORD = 48
 
 QUESTION = 1500
 """Bytes of a question's row: key, words, picture's path."""
-
-LAYER_BYTES = {"int8": 1.02, "nf4": 0.53, "bf16": 2.0}
-"""Of a quantised weight, its scale included; otherwise the dtype's."""
-
-ELEMENT = {"bf16": 2, "fp32": 4}
 
 
 def print_plan(config: "MLLMConfig", counts: "Counts", accelerator: Accelerator) -> None:
@@ -91,11 +85,11 @@ def needs(config: "MLLMConfig", counts: "Counts", processes: int, room: Room) ->
     if absent:
         yield Need(f"{len(absent)} LLMs to be fetched", "cache", sum(2.6 * card.parameters for card in absent))
     for number in own:
-        yield Need(f"weights of {llms[number].id}", compute, _loaded(config, llm_shape(llms[number])))
+        yield Need(f"weights of {llms[number].id}", compute, loaded_bytes(config, llm_shape(llms[number])))
     if config.llm.quantisation == "bf16":
         # It is loaded in the dtype that it computes in, and narrowed then.
         largest = max((llm_shape(llms[number]) for number in own), key=lambda shape: shape.parameters)
-        wide = ELEMENT[config.llm.precision()] * largest.parameters - _loaded(config, largest)
+        wide = ELEMENT[config.llm.precision()] * largest.parameters - loaded_bytes(config, largest)
         yield Need("the largest LLM while it is narrowed", compute, max(wide, 0.0), "loading")
     yield from _token_needs(config, counts, compute)
     grid = config.grid()
@@ -145,19 +139,6 @@ def _own_llms(config: "MLLMConfig", processes: int) -> list[int]:
         placement = place(search.parallel, wanted, processes, process, search.groups)
         shares.append([number for number in range(len(wanted)) if placement.here(number)])
     return max(shares, key=lambda share: sum(wanted[number].bytes for number in share))
-
-
-def loaded_bytes(config: "MLLMConfig", card: ModelCard) -> float:
-    """Bytes of an LLM's weights as this run loads them."""
-    return _loaded(config, llm_shape(card))
-
-
-def _loaded(config: "MLLMConfig", shape: LLMShape) -> float:
-    plain = float(ELEMENT[config.llm.precision()])
-    if config.llm.quantisation == "none":
-        return llm_weights(shape, plain, plain)
-    words = 2.0 if config.llm.quantisation == "bf16" else plain
-    return llm_weights(shape, LAYER_BYTES[config.llm.quantisation], words)
 
 
 def _token_needs(config: "MLLMConfig", counts: "Counts", compute: Place) -> Iterator[Need]:

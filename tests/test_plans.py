@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hyma_mllm import mllm_plan, vlm_plan
+from hyma_mllm import mllm, mllm_placement, mllm_plan, vlm_plan
 from hyma_mllm.data.token_library import TokenConfig
 from hyma_mllm.errors import HymaError
 from hyma_mllm.mllm import Counts, LLMConfig, MLLMConfig
@@ -34,7 +34,8 @@ def a_large_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
     """30 towers of 576 tokens and 10 LLMs of 7 billion weights, by their cards; all fetched."""
     monkeypatch.setattr(MLLMConfig, "tower_cards", lambda config: [tower(number) for number in range(30)])
     monkeypatch.setattr(MLLMConfig, "llm_cards", lambda config: [llm(number) for number in range(10)])
-    monkeypatch.setattr(mllm_plan, "llm_shape", lambda card: guessed_shape(card.width, card.parameters))
+    for module in (mllm, mllm_placement, mllm_plan):
+        monkeypatch.setattr(module, "llm_shape", lambda card: guessed_shape(card.width, card.parameters))
     for name in ("llm_on_disk", "tower_on_disk"):
         monkeypatch.setattr(mllm_plan, name, lambda card: True)
     for name in ("image_on_disk", "text_on_disk"):
