@@ -249,7 +249,11 @@ def main() -> None:
         )
     if options.out:
         machine = {"python": platform.python_version(), "versions": {name: version(name) for name in VERSIONED}}
-        table = {"machine": machine, "inputs": options.inputs, "readers": [asdict(count) for count in counts]}
+        table = {
+            "machine": machine,
+            "inputs": options.inputs,
+            "readers": [asdict(count) | {"kinds": dict(count.kinds)} for count in counts],
+        }
         write_text(options.out, json.dumps(table, indent=1) + "\n")
     sys.exit(any(count.crashes for count in counts))
 

@@ -101,7 +101,7 @@ def parquet_files(rng: Random) -> dict[str, bytes]:
     rows = mutated_tree(PARQUET_ROWS, rng)
     try:
         return {"x.parquet": parquet_bytes(rows)}
-    except (pa.ArrowException, AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+    except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return {"x.parquet": mutated_bytes(parquet_bytes(PARQUET_ROWS), rng)}
 
 

@@ -17,6 +17,7 @@ import types
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -64,6 +65,14 @@ def reason(error: BaseException) -> str:
     """What an error says, in one line that is not too long; its kind where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= 200 else f"{said[:197]}..."
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that a foreign file gives may be longer than any can be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def parse_json(text: str | bytes, pairs: Pairs | None = None) -> Any:

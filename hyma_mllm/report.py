@@ -266,8 +266,13 @@ def _section(result: SearchResult, rows: Sequence[CostRow], task: str, connector
 
 
 def ranked_pairs(result: SearchResult, method: str, connector: str, task: str) -> list[RankedPair]:
-    """The pairs in the order of a method's mean over seeds, each with its score and what the oracle says of it."""
+    """The pairs in the order of a method's mean over seeds, each with its score and what the oracle says of it.
+
+    Empty when the method did not run for the connector.
+    """
     scores = np.asarray(result.scores(method, connector, task))
+    if not len(scores):
+        return []
     ranks = np.asarray(result.ranks_by(method, connector, task))
     oracle = np.asarray(result.scores(result.oracle, connector, task))
     places = _places(oracle.mean(axis=0)) if len(oracle) else {}

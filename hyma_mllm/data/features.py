@@ -31,7 +31,7 @@ from hyma_mllm.data.manifest import (
 )
 from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.errors import HymaError
-from hyma_mllm.foreign import parse_json
+from hyma_mllm.foreign import is_file, parse_json
 
 __all__ = ["DtypeName", "FeatureKind", "FeatureStore", "Manifest", "Shard", "check_aligned"]
 
@@ -150,7 +150,7 @@ def _verify_hashes(path: Path, manifest: Manifest) -> None:
     # The bar only appears when verifying takes longer than two seconds.
     for shard in tqdm(manifest.shards, desc=f"verifying {manifest.model}", unit="shard", leave=False, delay=2):
         file = path / shard.file
-        if not file.is_file():
+        if not is_file(file):
             raise HymaError(f"The shard {file} is missing; delete {path} to embed anew.")
         if hash_file(file) != shard.sha256:
             raise HymaError(f"The shard {file} is corrupted (its hash is not the manifest's); delete {path}.")

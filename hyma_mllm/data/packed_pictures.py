@@ -115,7 +115,7 @@ def _cells(opened: pq.ParquetFile, group: int, leaf: str) -> Iterator[list[dict[
     """Batches of rows as column -> cell, without bytes of pictures; `_PRESENT` says where some are missing."""
     names: list[str] = [opened.schema.column(number).path for number in range(len(opened.schema))]
     others = [name for name in names if name != leaf]
-    if not leaf or _none_lacks(opened, group, names.index(leaf)):
+    if not leaf or _none_lacks(opened, group, leaf):
         for batch in opened.iter_batches(CELL_ROWS, row_groups=[group], columns=others):
             yield batch.to_pylist() if others else [{} for _ in range(batch.num_rows)]
         return
@@ -127,10 +127,22 @@ def _cells(opened: pq.ParquetFile, group: int, leaf: str) -> Iterator[list[dict[
         yield [cells | {_PRESENT: there} for cells, there in zip(rows_of_batch, found, strict=True)]
 
 
-def _none_lacks(opened: pq.ParquetFile, group: int, column: int) -> bool:
+def _none_lacks(opened: pq.ParquetFile, group: int, leaf: str) -> bool:
     """Whether the file says that no row of a group lacks this column."""
-    statistics = opened.metadata.row_group(group).column(column).statistics
+    statistics = _said_of(opened, group, leaf).statistics
     return statistics is not None and statistics.has_null_count and statistics.null_count == 0
+
+
+def _said_of(opened: pq.ParquetFile, group: int, leaf: str) -> Any:
+    """What the file says of a column of a row group.
+
+    Raises:
+        OSError: what it says is damaged.
+    """
+    # Asked for damaged metadata, pyarrow 26 ends the process; a reader of the column raises instead.
+    next(opened.iter_batches(1, row_groups=[group], columns=[leaf]), None)
+    names = [opened.schema.column(number).path for number in range(len(opened.schema))]
+    return opened.metadata.row_group(group).column(names.index(leaf))
 
 
 def _sizes(cells: pa.Array) -> list[int | None]:
@@ -197,7 +209,5 @@ def _bytes_leaf(opened: pq.ParquetFile, column: str) -> str:
 
 def _window_rows(opened: pq.ParquetFile, group: int, leaf: str) -> int:
     """Rows whose pictures take `WINDOW_BYTES` together, by their mean size."""
-    whole = opened.metadata.row_group(group)
-    sizes = (whole.column(number) for number in range(whole.num_columns))
-    held: int = sum(column.total_uncompressed_size for column in sizes if column.path_in_schema == leaf)
-    return max(WINDOW_ROWS, WINDOW_BYTES * int(whole.num_rows) // max(1, held))
+    rows, held = opened.metadata.row_group(group).num_rows, _said_of(opened, group, leaf).total_uncompressed_size
+    return max(WINDOW_ROWS, WINDOW_BYTES * int(rows) // max(1, int(held)))

@@ -24,7 +24,7 @@ from transformers import (
 
 from hyma_mllm.data.prompts import IMAGE_TOKEN, Prompter
 from hyma_mllm.errors import HymaError
-from hyma_mllm.foreign import UNREADABLE, parse_json, reason
+from hyma_mllm.foreign import UNREADABLE, is_file, parse_json, reason
 from hyma_mllm.paths import write_text
 from hyma_mllm.stitched.directory import atomic_directory
 from hyma_mllm.stitched.llava import build_model, form_of
@@ -317,7 +317,7 @@ def check_files(directory: Path) -> None:
             raise HymaError(f"{index} is damaged ({reason(error)}); export the model again.") from error
         if odd := [name for name in shards if not isinstance(name, str) or name != Path(name).name]:
             raise HymaError(f"{index} names the file {odd[0]!r:.80} outside {directory}; export the model again.")
-        missing += sorted(name for name in shards if not (directory / name).is_file())
+        missing += sorted(name for name in shards if not is_file(directory / name))
     if missing:
         raise HymaError(f"{directory / missing[0]} is missing; copy the whole directory or export the model again.")
     for name in shards:

@@ -1,9 +1,10 @@
 """Read a pickle that holds numpy arrays in plain containers, and nothing that could run."""
 
+import math
 import pickle
 import pickletools
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -22,12 +23,51 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+_DTYPE_STATE = (None, None, None, -1, -1, 0)
+"""Of a dtype of plain numbers behind its version and byte order: no fields, no shape, no metadata."""
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, for it lets what is put into an array be looked at first."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         """Only what rebuilds a numpy array; every other name ends the reading."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return _ALLOWED[module, name]
+
+    def load_build(self) -> None:
+        """The state of an array or a dtype; numpy believes what it is given there, and may end the process."""
+        state, target = self.stack[-1], self.stack[-2]  # type: ignore[attr-defined]
+        _check_state(target, state)
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _check_state(target: Any, state: Any) -> None:
+    """Refuse a state that numpy itself would not write for plain numbers.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if isinstance(target, np.dtype):
+        plain = isinstance(state, tuple) and len(state) == 8 and state[0] == 3 and state[1] in ("<", ">", "|", "=")
+        if not plain or state[2:] != _DTYPE_STATE:
+            raise ValueError("it holds a dtype that is not of plain numbers")
+    elif isinstance(target, np.ndarray):
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("it holds a damaged array")
+        version, shape, dtype, _, data = state
+        sizes = isinstance(shape, tuple) and all(isinstance(size, int) and size >= 0 for size in shape)
+        if version != 1 or not sizes or not isinstance(dtype, np.dtype) or not isinstance(data, bytes | str):
+            raise ValueError("it holds a damaged array")
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise ValueError("it holds an array of another size than it says")
+    else:
+        raise ValueError(f"it gives a state to a {type(target).__name__}")
 
 
 def load_arrays(path: Path) -> Any:

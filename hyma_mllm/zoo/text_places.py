@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from hyma_mllm.errors import HymaError
-from hyma_mllm.foreign import UNREADABLE, parse_json, reason
+from hyma_mllm.foreign import UNREADABLE, is_file, parse_json, reason
 from hyma_mllm.packages import sha256_once
 
 # The hub's client moved from one HTTP library to the next; the name that it imports is right under either.
@@ -48,7 +48,7 @@ class TextPlace:
         """
         if self.local:
             path = Path(self.address) / file
-            if not path.exists():
+            if not is_file(path):
                 return None
         else:
             try:
