@@ -1,4 +1,4 @@
-"""Where does the hypernetwork win, as a function of data and depth? Every contestant on 1,000, 3,000 and all pictures.
+"""Where does the hypernetwork win, as a function of data and depth? Every contestant on 500, 1,000 and all pictures.
 
     python benchmarks/data_size.py --out benchmarks/results/data_size.json
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/data_size"), help="directory of finished trainings")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers and the machine; the picture beside it")
-    parser.add_argument("--limits", nargs="+", type=int, default=[1000, 3000, 0], help="training pictures; 0 for all")
+    parser.add_argument("--limits", nargs="+", type=int, default=[500, 1000, 0], help="training pictures; 0 for all")
     parser.add_argument("--connectors", nargs="+", default=["linear", "mlp1"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--split-seed", type=int, default=2)
