@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import tarfile
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from PIL import Image
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.imports import import_tensor
@@ -256,10 +258,38 @@ def odd_tensor(rng: Random) -> Any:
 
 
 def torch_bytes(value: Any, legacy: bool = False) -> bytes:
-    """What `torch.save` writes."""
+    """What `torch.save` writes, in its form of before 1.6 if `legacy`."""
     buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        _write_legacy(value, buffer)
+    else:
+        torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _write_legacy(value: Any, buffer: io.BytesIO) -> None:
+    """The old form with numbers as the storages' names: torch takes addresses, and a seed would name many files."""
+    storages: dict[int, tuple[str, Any]] = {}
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, found: Any) -> Any:
+            if not isinstance(found, torch.storage.TypedStorage):
+                return None
+            item: Any = found
+            key, _ = storages.setdefault(item._untyped_storage._cdata, (str(len(storages)), item))
+            return "storage", getattr(torch, item._pickle_storage_type()), key, "cpu", item._size(), None
+
+    system = {
+        "protocol_version": PROTOCOL_VERSION,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    for head in (MAGIC_NUMBER, PROTOCOL_VERSION, system):
+        pickle.dump(head, buffer, protocol=2)
+    Writer(buffer, protocol=2).dump(value)
+    pickle.dump([key for key, _ in storages.values()], buffer, protocol=2)
+    for _, storage in storages.values():
+        buffer.write(struct.pack("<q", storage._size()) + bytes(storage._untyped_storage))
 
 
 def npy_bytes(array: Any) -> bytes:

@@ -141,8 +141,11 @@ def _said_of(opened: pq.ParquetFile, group: int, leaf: str) -> Any:
     """
     # Asked for damaged metadata, pyarrow 26 ends the process; a reader of the column raises instead.
     next(opened.iter_batches(1, row_groups=[group], columns=[leaf]), None)
-    names = [opened.schema.column(number).path for number in range(len(opened.schema))]
-    return opened.metadata.row_group(group).column(names.index(leaf))
+    number = [opened.schema.column(number).path for number in range(len(opened.schema))].index(leaf)
+    said, wanted = opened.metadata.row_group(group).column(number), opened.schema.column(number).physical_type
+    if said.physical_type != wanted:  # pyarrow 26 ends the process when it is asked for the statistics of such a one
+        raise OSError(f"row group {group} says that {leaf} is of type {said.physical_type}, and the schema {wanted}")
+    return said
 
 
 def _sizes(cells: pa.Array) -> list[int | None]:

@@ -1,10 +1,10 @@
 """What a long run of the fuzz suite found, made small: names longer than any file's, damaged words about columns."""
 
-import random
 import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
 import pytest
 
 from hyma_mllm.foreign import is_file
@@ -38,10 +38,11 @@ def test_a_method_that_ran_for_another_connector_ranks_no_pair_here() -> None:
     assert [pair.place for pair in ranked_pairs(result, "hyma", "linear", "retrieval")] == [1]
 
 
-def test_damaged_words_about_a_column_do_not_end_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [1617, 6904])
+def test_damaged_words_about_a_column_do_not_end_the_process(seed: int, tmp_path: Path) -> None:
     """pyarrow aborts where it is asked for them; so the file is read in a process of its own."""
-    fuzz_data = pytest.importorskip("fuzz_data")
+    reader = next(reader for reader in fuzz.all_readers() if reader.name == "parquet")
     path = tmp_path / "x.parquet"
-    path.write_bytes(fuzz_data.parquet_files(random.Random("parquet 1617"))["x.parquet"])
+    path.write_bytes(fuzz.drawn(reader, seed)["x.parquet"])
     done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]

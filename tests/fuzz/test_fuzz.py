@@ -1,5 +1,6 @@
 """Every reader meets some hundred wrong files and reads or refuses them; `benchmarks/fuzz.py` gives it thousands."""
 
+import io
 import pickle
 import struct
 import tarfile
@@ -10,6 +11,8 @@ from typing import Any
 
 import fuzz
 import pytest
+import torch
+from fuzz_data import torch_bytes
 from fuzz_mutate import LONG, json_bytes, mutated_bytes, mutated_tree
 from fuzz_reader import Reader
 from hypothesis import given, settings
@@ -65,9 +68,22 @@ def test_a_seed_names_its_input() -> None:
         for seed in (2, 3, 5):
             first, again = fuzz.drawn(reader, seed), fuzz.drawn(reader, seed)
             assert first.keys() == again.keys()
-            # Zips hold the time, and torch's old form addresses in memory; everything else is the same to the byte.
-            if reader.name not in ("archives", "parquet", "imported tensors"):
+            if reader.name != "archives":  # zips hold the time; everything else is the same to the byte
                 assert first == again
+
+
+def test_the_old_form_of_torch_is_written_as_torch_reads_it() -> None:
+    state = {"model": {"a": torch.arange(6.0).reshape(2, 3).t(), "b": torch.arange(3, dtype=torch.bfloat16), "c": 3}}
+    state["model"]["same"] = state["model"]["a"]
+    kept = [torch.zeros(4) for _ in range(9)]  # other addresses
+    content = torch_bytes(state, legacy=True)
+    assert content == torch_bytes({"model": dict(state["model"])}, legacy=True) and kept
+    read = torch.load(io.BytesIO(content), weights_only=True)["model"]
+    assert torch.equal(read["a"], state["model"]["a"]) and torch.equal(read["b"], state["model"]["b"])
+    assert read["c"] == 3 and read["same"].data_ptr() == read["a"].data_ptr()
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    assert len(buffer.getvalue()) > len(content) > 0.8 * len(buffer.getvalue())
 
 
 JSON = st.recursive(
