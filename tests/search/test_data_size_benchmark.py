@@ -1,7 +1,6 @@
 """The data-size benchmark on the synthetic task: who runs how often, what is kept, the lines of its table."""
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,17 +15,13 @@ from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import interval
 from hyma_mllm.search.task import VLMTask
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("data_size", "fidelity", "fidelity_report", "measure", "oracle")
-
 
 @pytest.fixture
-def data_size(monkeypatch: pytest.MonkeyPatch, search: Callable[..., Search]) -> ModuleType:
+def data_size(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, search: Callable[..., Search]
+) -> ModuleType:
     """The script, its data in the place of the built-in default's."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import data_size
+    script = load_script("data_size")
 
     def bench(arguments: Namespace, unit: Callable[..., Any]) -> Any:
         def make(changes: dict[str, Any], scale: float | None, hypernetwork: dict[str, Any]) -> Search:
@@ -36,10 +31,10 @@ def data_size(monkeypatch: pytest.MonkeyPatch, search: Callable[..., Search]) ->
             return made
 
         rows = arguments.limit or 70
-        return data_size.fidelity.Bench(make, unit, {"splits": {"train": rows, "test": 30}})
+        return script.fidelity.Bench(make, unit, {"splits": {"train": rows, "test": 30}})
 
-    monkeypatch.setattr(data_size.fidelity, "vlm_bench", bench)
-    return data_size
+    monkeypatch.setattr(script.fidelity, "vlm_bench", bench)
+    return script
 
 
 def test_every_size_is_run_once_and_the_curve_is_the_mean_over_seeds(data_size: ModuleType, tmp_path: Path) -> None:

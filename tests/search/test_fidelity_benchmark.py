@@ -1,7 +1,6 @@
 """The fidelity benchmark on the synthetic task: the oracle's choice, what is kept, the lines of its table."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +13,10 @@ from hyma_mllm.search.budget import Budget
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import compare, spearman
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("fidelity", "fidelity_report", "measure", "oracle")
-
 
 @pytest.fixture
-def fidelity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import fidelity
-
-    return fidelity
+def fidelity(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("fidelity")
 
 
 @pytest.fixture

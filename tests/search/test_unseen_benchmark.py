@@ -1,6 +1,5 @@
 """The benchmark of unseen encoders on the synthetic task: who may see what, what is kept, the lines of its table."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,27 +13,10 @@ from sklearn.linear_model import Ridge
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import interval
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-NAMES = (
-    "fidelity",
-    "fidelity_report",
-    "measure",
-    "oracle",
-    "unseen",
-    "unseen_ground",
-    "unseen_report",
-    "unseen_rivals",
-)
-
 
 @pytest.fixture
-def unseen(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import unseen
-
-    return unseen
+def unseen(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("unseen")
 
 
 @pytest.fixture
