@@ -1,12 +1,12 @@
 """The causal task on tiny random LLMs: stacked against plain transformers one by one, values and gradients."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny_causal import SPEC, make_task
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,12 +25,6 @@ from hyma_mllm.search.mllm_prepare import encode_rows
 from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.zoo.llm import LanguageModel
-
-spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
-assert spec is not None and spec.loader is not None
-tiny_causal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_causal)
-SPEC, make_task = tiny_causal.SPEC, tiny_causal.make_task
 
 
 def bank(task: MLLMTask) -> ConnectorBank:

@@ -1,6 +1,5 @@
 """Projectors that begin at the words of the answers: against scikit-learn's ridge, and as starts of a search."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sklearn.linear_model import Ridge
+from tiny_causal import SPEC, make_task
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
@@ -25,11 +25,6 @@ from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.starts import closed_starts
 from hyma_mllm.search.word_start import stretched_ridge, telling_answers, word_starts, word_targets
 
-spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
-assert spec is not None and spec.loader is not None
-tiny_causal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_causal)
-SPEC, make_task = tiny_causal.SPEC, tiny_causal.make_task
 LINEAR = ConnectorSpec.named("linear", hidden=0, activation="gelu")
 
 
