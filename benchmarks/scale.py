@@ -25,12 +25,12 @@ from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.data.library import measured_flops
 from hyma_mllm.hypernetwork.network import Hypernetwork
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.hypernetwork.sizes import all_weights, hypernetwork_weights
 from hyma_mllm.objectives.causal_lm import CHUNK
 from hyma_mllm.objectives.contrastive import DEFAULT_TILE, ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.paths import write_text
 from hyma_mllm.planning import cost, training
-from hyma_mllm.planning.network import all_weights, hypernetwork_weights
 from hyma_mllm.search import flops
 from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.pair_loss import PairLoss
@@ -133,7 +133,7 @@ def contrastive(case: Case) -> Planned:
 
     shapes = [grid.shape(pair) for pair in pairs]
     trained = hypernetwork_weights(grid, spec, config)
-    products = task.visit_flops(spec, pairs, case.batch), flops.hypernetwork_step_flops(network, pairs)
+    products = task.visit_flops(spec, pairs, case.batch), flops.hypernetwork_step_flops(grid, spec, config, pairs)
     visit = float(training.PREDICTED_COPIES * training.FLOAT * all_weights(grid, spec))
     visit += training.contrastive_visit(spec, shapes, case.batch, case.batch, DEFAULT_TILE)
     needed = training.STATE * trained + max(training.GRADIENT * trained, visit)

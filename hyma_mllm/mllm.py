@@ -18,8 +18,8 @@ from hyma_mllm.data.rows import Row
 from hyma_mllm.data.token_codes import row_bytes
 from hyma_mllm.data.token_library import TokenConfig
 from hyma_mllm.errors import HymaError, near_names
-from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
+from hyma_mllm.hypernetwork.sizes import size_line
 from hyma_mllm.mllm_placement import TYPICAL_TEXT, loaded_bytes, pair_flops, print_placement
 from hyma_mllm.objectives.causal_lm import CausalConfig
 from hyma_mllm.pairs import PairGrid
@@ -27,7 +27,6 @@ from hyma_mllm.search import flops
 from hyma_mllm.search.closed_form import ClosedFormConfig
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
-from hyma_mllm.search.starts import stand_ins
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.llm import (
     DEFAULT_LLM_IDS,
@@ -302,15 +301,8 @@ def print_bill(config: MLLMConfig, counts: Counts, accelerator: Accelerator, say
 
 def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
-    means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
-    started = parts(config.hypernetwork, spec.depth).base == "closed_form"
-    network = Hypernetwork(grid, spec, config.hypernetwork, *means, starts=stand_ins(grid, spec) if started else None)
-    sizes = describe(network)
     loss = sum(pair_flops(config, connector))
-    say(
-        f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all projectors "
-        f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
-    )
+    say(f"{connector}: {size_line(grid, spec, config.hypernetwork, 'projectors')}")
     if search.budget.given:
         say(
             f"  every method: batch {search.batch}, {search.budget} a seed; a fair step of a grid takes about "
@@ -321,7 +313,9 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
         tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0, [pair.text for pair in grid.pairs()]
     )
     share = 1.0 if search.sampler == "fair" else 1 / sampler.visits_per_round
-    hyma = search.steps * share * (loss + flops.hypernetwork_step_flops(network, range(len(grid))))
+    hyma = (
+        search.steps * share * (loss + flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid))))
+    )
     seen_rows = search.steps * share * search.batch
     epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
     say(

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from hyma_mllm.command import console
 from hyma_mllm.data.token_codes import row_bytes
 from hyma_mllm.mllm_placement import ELEMENT, loaded_bytes, loads
 from hyma_mllm.planning.machine import room_of
-from hyma_mllm.planning.needs import Change, Need, Place, Plan, Room, halves, refuse_what_cannot_fit, setting
+from hyma_mllm.planning.needs import Change, Need, Place, Plan, Room, halves, setting
 from hyma_mllm.planning.search import LIBRARIES, predicted_need, sampler_of, trained_needs, visit_shapes
 from hyma_mllm.planning.training import (
     FLOAT,
@@ -19,6 +18,7 @@ from hyma_mllm.planning.training import (
     embedding_pass,
     projector_visit,
 )
+from hyma_mllm.plans import tell_or_refuse
 from hyma_mllm.search.placement import place
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.llm import llm_on_disk
@@ -52,17 +52,14 @@ def print_plan(config: "MLLMConfig", counts: "Counts", accelerator: Accelerator)
     Raises:
         HymaError: it does not fit; it names settings that would.
     """
-    room = room_of(config.run, accelerator.device)
+    room, processes = room_of(config.run, accelerator.device), accelerator.num_processes
 
     def plan(changed: "MLLMConfig") -> Plan:
-        return Plan(tuple(needs(changed, counts, accelerator.num_processes, room)), room)
+        return Plan(tuple(needs(changed, counts, processes, room)), room)
 
-    if accelerator.is_main_process:
-        console().print(plan(config).table())
-        computed = [card.id for card, stored in tokens_stored(config, counts.pictures) if not stored]
-        if computed:
-            console().print(f"over tokens.disk_gb, so run again for every batch: {', '.join(computed)}")
-    refuse_what_cannot_fit(config, plan, changes(config, accelerator.num_processes))
+    computed = [card.id for card, stored in tokens_stored(config, counts.pictures) if not stored]
+    remark = f"over tokens.disk_gb, so run again for every batch: {', '.join(computed)}" if computed else ""
+    tell_or_refuse(config, plan, changes(config, processes), accelerator, remark)
 
 
 def needs(config: "MLLMConfig", counts: "Counts", processes: int, room: Room) -> Iterator[Need]:

@@ -17,14 +17,13 @@ from hyma_mllm.data.sources import open_source
 from hyma_mllm.data.standardise import StandardiseConfig
 from hyma_mllm.data.store_directory import count_rows, store_cards
 from hyma_mllm.errors import HymaError, near_names
-from hyma_mllm.hypernetwork.network import Hypernetwork, describe
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
+from hyma_mllm.hypernetwork.sizes import size_line
 from hyma_mllm.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
-from hyma_mllm.search.starts import stand_ins
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.text import TEXT_CARDS, text_card, text_on_disk
 from hyma_mllm.zoo.vision import DEFAULT_IMAGE_IDS, image_card, image_on_disk
@@ -189,20 +188,13 @@ def _say_encoders(
 
 def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
-    means = [torch.randn(width) for width in grid.vision_widths], [torch.randn(width) for width in grid.text_widths]
-    started = parts(config.hypernetwork, spec.depth).base == "closed_form"
-    network = Hypernetwork(grid, spec, config.hypernetwork, *means, starts=stand_ins(grid, spec) if started else None)
-    sizes = describe(network)
     loss = sum(
         flops.connector_step_flops(spec, grid.shape(k), search.batch)
         + flops.similarity_step_flops(search.batch, grid.shape(k)[1], tiled=config.objective.tile > 0)
         for k in range(len(grid))
     )
-    own = flops.hypernetwork_step_flops(network, range(len(grid)))
-    say(
-        f"{connector}: hypernetwork {sizes['hypernetwork_parameters'] / 1e6:.2f} M parameters, all connectors "
-        f"{sizes['connector_parameters'] / 1e6:.2f} M, ratio {sizes['ratio']:.3f}"
-    )
+    own = flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid)))
+    say(f"{connector}: {size_line(grid, spec, config.hypernetwork, 'connectors')}")
     if search.budget.given:
         step = (loss + own) / 1e9
         say(

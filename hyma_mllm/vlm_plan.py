@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from hyma_mllm.command import console
 from hyma_mllm.data.manifest import DTYPES
 from hyma_mllm.data.resident import MEMORY_SHARE
 from hyma_mllm.planning.machine import room_of
-from hyma_mllm.planning.needs import Change, Need, Place, Plan, Room, halves, refuse_what_cannot_fit, setting
+from hyma_mllm.planning.needs import Change, Need, Place, Plan, Room, halves, setting
 from hyma_mllm.planning.search import LIBRARIES, predicted_need, sampler_of, trained_needs, visit_shapes
 from hyma_mllm.planning.training import FLOAT, contrastive_visit, embedding_pass, retrieval_scores
+from hyma_mllm.plans import tell_or_refuse
 from hyma_mllm.zoo.cards import ModelCard, base_id
 from hyma_mllm.zoo.text import text_on_disk
 from hyma_mllm.zoo.vision import image_on_disk
@@ -40,17 +40,14 @@ def print_plan(config: "VLMConfig", rows: int, accelerator: Accelerator) -> None
     Raises:
         HymaError: it does not fit; it names settings that would.
     """
-    room = room_of(config.run, accelerator.device)
+    room, processes = room_of(config.run, accelerator.device), accelerator.num_processes
 
     def plan(changed: "VLMConfig") -> Plan:
-        return Plan(tuple(needs(changed, rows, accelerator.num_processes, room)), room)
+        return Plan(tuple(needs(changed, rows, processes, room)), room)
 
-    if accelerator.is_main_process:
-        console().print(plan(config).table())
-        if not rows:
-            per_million = 1e6 * bytes_of_a_row(config) / 1e9
-            console().print(f"The number of pictures is not known yet: features take {per_million:.1f} GB a million.")
-    refuse_what_cannot_fit(config, plan, changes(config, accelerator.num_processes))
+    per_million = 1e6 * bytes_of_a_row(config) / 1e9
+    remark = f"The number of pictures is not known yet: features take {per_million:.1f} GB a million."
+    tell_or_refuse(config, plan, changes(config, processes), accelerator, "" if rows else remark)
 
 
 def bytes_of_a_row(config: "VLMConfig") -> float:

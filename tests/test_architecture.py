@@ -41,6 +41,7 @@ FLOORS = [
         "vlm_plan",
         "mllm",
         "mllm_plan",
+        "plans",
         "mllm_placement",
         "launch",
         "launch_checks",

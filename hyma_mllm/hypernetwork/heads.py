@@ -45,6 +45,11 @@ class DenseHead(nn.Module):
         return weight + delta.view(weight.shape), bias + delta_bias
 
 
+def rows_of_chunk(layer: LayerShape, most: int) -> int:
+    """Rows of a block: the largest divisor of the layer's rows up to `most`, so that no row is cut off."""
+    return max(rows for rows in range(1, min(most, layer.fan_out) + 1) if layer.fan_out % rows == 0)
+
+
 class ChunkedHead(nn.Module):
     """Blocks of rows from one small Linear; a learned row per block scales the code, so that each block differs.
 
@@ -57,7 +62,7 @@ class ChunkedHead(nn.Module):
 
     def __init__(self, width: int, layer: LayerShape, chunk_rows: int, generator: torch.Generator):
         super().__init__()
-        rows = max(n for n in range(1, min(chunk_rows, layer.fan_out) + 1) if layer.fan_out % n == 0)
+        rows = rows_of_chunk(layer, chunk_rows)
         self.scale = 1 / math.sqrt(width * layer.fan_in)
         self.chunks = normal(layer.fan_out // rows, width, generator=generator)
         self.weight = nn.Parameter(torch.zeros(rows * (layer.fan_in + 1), width))

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.hypernetwork.sizes import all_weights, frozen_starts, hypernetwork_weights
 from hyma_mllm.pairs import PairGrid
 from hyma_mllm.planning.needs import Need, Place
-from hyma_mllm.planning.network import all_weights, frozen_starts, hypernetwork_weights
 from hyma_mllm.planning.training import CHECKPOINT, CHECKPOINTS_AT_ONCE, FLOAT, GRADIENT, PREDICTED_COPIES, STATE
 from hyma_mllm.search.config import CLOSED_FORMS, TRAINING_FREE, SearchConfig
 from hyma_mllm.search.samplers import PairSampler

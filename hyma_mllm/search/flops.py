@@ -5,15 +5,15 @@ work (activations, softmax, normalisation, biases) is left out. METHOD 3 gives t
 Factorisations, which that mode does not count, are counted as Golub and Van Loan do (Matrix Computations, 4th edition).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from torch import nn
-
 from hyma_mllm.connectors import ConnectorSpec
-from hyma_mllm.hypernetwork.conditions import FeatureRows
-from hyma_mllm.hypernetwork.heads import ChunkedHead, DenseHead, LowRankHead
-from hyma_mllm.hypernetwork.network import Hypernetwork
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
+from hyma_mllm.hypernetwork.sizes import head_sizes
+from hyma_mllm.pairs import PairGrid
 
 
 class Matmul(NamedTuple):
@@ -70,14 +70,18 @@ def similarity_step_flops(batch: int, width: int, tiled: bool = False) -> float:
     return (6.0 if tiled else 4.0) * batch * batch * width
 
 
-def hypernetwork_step_flops(network: Hypernetwork, pairs: Sequence[int]) -> float:
+def hypernetwork_step_flops(
+    grid: PairGrid, spec: ConnectorSpec, config: HypernetworkConfig, pairs: Sequence[int]
+) -> float:
     """Predicting the connectors of these pairs, forward and backward.
 
     Args:
-        network: the hypernetwork.
-        pairs: indices in its grid.
+        grid: all pairs of the hypernetwork.
+        spec: the connector family.
+        config: the hypernetwork's parts.
+        pairs: indices in the grid.
     """
-    return matmul_flops(_hypernetwork_matmuls(network, pairs))
+    return matmul_flops(_hypernetwork_matmuls(grid, spec, config, pairs))
 
 
 def closed_form_flops(
@@ -125,29 +129,20 @@ def as_connector_flops(spec: ConnectorSpec, shape: tuple[int, int]) -> float:
     return float(2 * small**2 * large + 9 * small**3 + 2 * rank * small * large)
 
 
-def _hypernetwork_matmuls(network: Hypernetwork, pairs: Sequence[int]) -> Iterator[Matmul]:
+def _hypernetwork_matmuls(
+    grid: PairGrid, spec: ConnectorSpec, config: HypernetworkConfig, pairs: Sequence[int]
+) -> Iterator[Matmul]:
     """The products of one forward pass: condition, trunk, and every layer's head for the pairs that have the layer."""
-    # Projections of the models' mean features, which are buffers, for all models at once.
-    for module in network.condition.modules():
-        if isinstance(module, FeatureRows):
-            for width, projection in module.projections.items():
-                rows = len(module.get_buffer(f"means_{width}"))
-                yield Matmul(rows, projection.shape[0], projection.shape[1], input_gradient=False)
-    having = {
-        layer: sum(layer in network.spec.layers(*network.grid.shape(pair)) for pair in pairs)
-        for layer in network.layers
-    }
-    codes = sum(having.values())
-    for linear in network.trunk.layers:
-        assert isinstance(linear, nn.Linear)
-        yield Matmul(codes, linear.in_features, linear.out_features)
-    for layer, head in zip(network.layers, network.heads.values(), strict=True):
-        count = having[layer]
-        if isinstance(head, LowRankHead):
-            for weight in (head.up, head.down, head.bias):
-                yield Matmul(count, weight.shape[1], weight.shape[0])
-            yield Matmul(count * layer.fan_out, head.rank, layer.fan_in)
-        else:
-            assert isinstance(head, DenseHead | ChunkedHead)
-            chunks = len(head.chunks) if isinstance(head, ChunkedHead) else 1
-            yield Matmul(count * chunks, head.weight.shape[1], head.weight.shape[0])
+    if parts(config, spec.depth).condition == "features":
+        # The models' mean features, which are frozen, are projected for all models at once.
+        for widths in (grid.vision_widths, grid.text_widths):
+            for width, models in Counter(widths).items():
+                yield Matmul(models, width, config.condition_width, input_gradient=False)
+    having = Counter(layer for pair in pairs for layer in spec.layers(*grid.shape(pair)))
+    for fan_in, fan_out in pairwise((config.condition_width, *config.trunk)):
+        yield Matmul(having.total(), fan_in, fan_out)
+    for layer, count in having.items():
+        head = head_sizes(layer, spec, config)
+        for outputs in head.outputs:
+            yield Matmul(count * max(head.blocks, 1), config.trunk[-1], outputs)
+        yield Matmul(count * layer.fan_out, head.rank, layer.fan_in)

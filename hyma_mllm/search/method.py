@@ -253,7 +253,9 @@ class SearchMethod(Protocol):
 
 def own_flops(network: nn.Module) -> Callable[[Sequence[int]], float]:
     """FLOPs of a source of connectors in one visit of some pairs: a hypernetwork's own work, nothing for a bank."""
-    return partial(flops.hypernetwork_step_flops, network) if isinstance(network, Hypernetwork) else _nothing
+    if isinstance(network, Hypernetwork):
+        return partial(flops.hypernetwork_step_flops, network.grid, network.spec, network.config)
+    return _nothing
 
 
 def _nothing(pairs: Sequence[int]) -> float:

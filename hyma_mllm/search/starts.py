@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
-from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search.closed_form import ClosedFormConfig, Start, closed_forms
 from hyma_mllm.search.flops import as_connector_flops
 from hyma_mllm.search.ledger import Cost, Meter
@@ -81,9 +78,3 @@ def closed_starts(
             cost.flops, cost.samples_per_pair = found.flops, float(len(features.train))
     cost.flops += sum(as_connector_flops(spec, task.grid.shape(pair)) for pair in range(len(task.grid)))
     return Starts(states, cost)
-
-
-def stand_ins(grid: PairGrid, spec: ConnectorSpec) -> list[dict[str, Tensor]]:
-    """Random connectors in the place of starts, for a bill that only reads shapes."""
-    fresh = torch.Generator().manual_seed(0)
-    return [connectors.select(connectors.initial(spec, grid.shape(k), 1, fresh), 0) for k in range(len(grid))]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.planning import cost, training
@@ -14,18 +14,6 @@ from hyma_mllm.zoo.llm_shape import LLMShape
 SHAPE = LLMShape(
     layers=3, width=64, inner=160, heads_width=64, kv_width=32, vocabulary=100, parameters=200_000, embeddings=6_400
 )
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def kept(model: nn.Module, rows: int, length: int) -> int:
@@ -47,8 +35,8 @@ def kept(model: nn.Module, rows: int, length: int) -> int:
 
 
 @pytest.mark.parametrize(("rows", "length"), [(2, 24), (8, 48)])
-def test_activations_are_what_autograd_keeps(rows: int, length: int) -> None:
-    real = kept(llama().model, rows, length)
+def test_activations_are_what_autograd_keeps(llama: LlamaForCausalLM, rows: int, length: int) -> None:
+    real = kept(llama.model, rows, length)
     reckoned = SHAPE.layers * training.layer_activations(SHAPE, rows * length, 0.0, 4, 4)
     assert reckoned == pytest.approx(real, rel=0.2)
 

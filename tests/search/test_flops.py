@@ -86,7 +86,7 @@ def test_one_step_of_a_hypernetwork_is_what_torch_counts(condition, head, connec
     def step():
         sum(value.square().sum() for group in network(pairs) for value in group.params.values()).backward()
 
-    assert counted(step) == pytest.approx(hypernetwork_step_flops(network, pairs), rel=0.02)
+    assert counted(step) == pytest.approx(hypernetwork_step_flops(grid, network.spec, config, pairs), rel=0.02)
 
 
 def test_frozen_sides_have_no_backward():

@@ -1,11 +1,14 @@
 """How large a hypernetwork will be, without making it: of large LLMs its bases alone are gigabytes."""
 
+from typing import NamedTuple
+
 import torch
 
 from hyma_mllm.connectors import ConnectorSpec, LayerShape
 from hyma_mllm.hypernetwork.base import owners
 from hyma_mllm.hypernetwork.conditions import build_condition
-from hyma_mllm.hypernetwork.presets import HypernetworkConfig, Parts, parts
+from hyma_mllm.hypernetwork.heads import rows_of_chunk
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
 from hyma_mllm.hypernetwork.trunk import Trunk
 from hyma_mllm.pairs import PairGrid
 
@@ -30,7 +33,8 @@ def hypernetwork_weights(grid: PairGrid, spec: ConnectorSpec, config: Hypernetwo
     total += len(layers) * config.condition_width
     for layer in layers:
         held = sum(len(set(term) - {None}) for term in owners(chosen.base, grid, spec, layer))
-        total += held * layer.fan_out * (layer.fan_in + 1) + _head_weights(layer, chosen, config)
+        head = head_sizes(layer, spec, config)
+        total += held * layer.fan_out * (layer.fan_in + 1) + (sum(head.outputs) + head.blocks) * config.trunk[-1]
     return total
 
 
@@ -44,13 +48,46 @@ def all_weights(grid: PairGrid, spec: ConnectorSpec) -> int:
     return sum(spec.parameters(*grid.shape(index)) for index in range(len(grid)))
 
 
-def _head_weights(layer: LayerShape, chosen: Parts, config: HypernetworkConfig) -> int:
-    width = config.trunk[-1]
-    if chosen.head == "dense":
-        return layer.fan_out * (layer.fan_in + 1) * width
-    if chosen.head == "chunked":
-        top = min(config.chunk_rows, layer.fan_out)
-        rows = max(rows for rows in range(1, top + 1) if layer.fan_out % rows == 0)
-        return (layer.fan_out // rows + rows * (layer.fan_in + 1)) * width
+def size_line(grid: PairGrid, spec: ConnectorSpec, config: HypernetworkConfig, noun: str) -> str:
+    """The sizes in a line, for the bill.
+
+    Args:
+        grid: the pairs.
+        spec: the family of connectors.
+        config: the parts.
+        noun: what the case calls its connectors, in the plural.
+    """
+    own, predicted = hypernetwork_weights(grid, spec, config), all_weights(grid, spec)
+    return f"hypernetwork {own / 1e6:.2f} M parameters, all {noun} {predicted / 1e6:.2f} M, ratio {own / predicted:.3f}"
+
+
+class HeadSizes(NamedTuple):
+    """The products of a head with the codes of the pairs.
+
+    Attributes:
+        outputs: of each product.
+        blocks: of rows that share the weights, each with a learned row of its own; 0 where none share.
+        rank: of the product of the two factors behind them; 0 where there is none.
+    """
+
+    outputs: tuple[int, ...]
+    blocks: int = 0
+    rank: int = 0
+
+
+def head_sizes(layer: LayerShape, spec: ConnectorSpec, config: HypernetworkConfig) -> HeadSizes:
+    """What the head of a layer multiplies.
+
+    Args:
+        layer: the shape.
+        spec: the family of connectors, which decides where the configuration does not.
+        config: the parts.
+    """
+    kind = parts(config, spec.depth).head
+    if kind == "dense":
+        return HeadSizes((layer.fan_out * (layer.fan_in + 1),))
+    if kind == "chunked":
+        rows = rows_of_chunk(layer, config.chunk_rows)
+        return HeadSizes((rows * (layer.fan_in + 1),), blocks=layer.fan_out // rows)
     rank = min(config.rank, layer.fan_in, layer.fan_out)
-    return (layer.fan_out * (rank + 1) + layer.fan_in * rank) * width
+    return HeadSizes((layer.fan_out * rank, layer.fan_in * rank, layer.fan_out), rank=rank)
