@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for folder in ("search",):
+for folder in ("data", "search"):
     sys.path.insert(0, str(Path(__file__).with_name(folder)))

@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_store import toy_writer
 
 from hyma_mllm.data.features import FeatureStore, check_aligned
 from hyma_mllm.data.manifest import DTYPES, Manifest, hash_keys
 from hyma_mllm.data.sharded_rows import ShardedRows
-from hyma_mllm.data.store_writer import StorePlan, StoreWriter
 from hyma_mllm.errors import HymaError
 
 ROWS, WIDTH = 11, 5
@@ -25,20 +25,7 @@ def write_store(
 ) -> Path:
     keys = keys or [f"k{row}" for row in range(len(features))]
     names = {dtype: name for name, dtype in DTYPES.items()}
-    plan = StorePlan(
-        model="toy",
-        revision="r1",
-        kind="image",
-        rows=len(features),
-        width=features.shape[1],
-        dtype=names[features.dtype],
-        source="s1",
-        unit_norm=unit_norm,
-        keys_sha256=hash_keys(keys),
-        compute_dtype="fp32",
-        shard_rows=shard_rows,
-    )
-    writer = StoreWriter(path, plan, keys)
+    writer = toy_writer(path, keys, features.shape[1], shard_rows, names[features.dtype], unit_norm)
     with writer.lock():
         writer.start()
         for shard in writer.missing():

@@ -18,14 +18,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_store import toy_writer
 
 from hyma_mllm.data.claims import Claims, Owner, claim_name
 from hyma_mllm.data.embedding import EmbeddingConfig, StoreTarget, embed
 from hyma_mllm.data.features import FeatureStore
 from hyma_mllm.data.job_progress import JobProgress
-from hyma_mllm.data.manifest import Manifest, hash_keys
+from hyma_mllm.data.manifest import Manifest
 from hyma_mllm.data.shared_shards import Progress, SharedShards
-from hyma_mllm.data.store_writer import StorePlan, StoreWriter
+from hyma_mllm.data.store_writer import StoreWriter
 from hyma_mllm.errors import HymaError
 
 ROWS, WIDTH, SHARD_ROWS = 58, 5, 4
@@ -58,20 +59,7 @@ def fill(path: Path, log: list[int] | None = None, config: EmbeddingConfig = CON
 
 def writer(path: Path) -> StoreWriter:
     """Of a store that was begun."""
-    plan = StorePlan(
-        model="toy",
-        revision="r1",
-        kind="image",
-        rows=ROWS,
-        width=WIDTH,
-        dtype="fp32",
-        source="s1",
-        unit_norm=False,
-        keys_sha256=hash_keys(KEYS),
-        compute_dtype="fp32",
-        shard_rows=SHARD_ROWS,
-    )
-    made = StoreWriter(path, plan, KEYS)
+    made = toy_writer(path, KEYS, WIDTH, SHARD_ROWS)
     with made.lock():
         made.start()
     return made
