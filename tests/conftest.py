@@ -3,5 +3,10 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 for folder in ("data", "search"):
     sys.path.insert(0, str(Path(__file__).with_name(folder)))
+
+# Its assertions show their values, as those of the tests do.
+pytest.register_assert_rewrite("tiny_prompts")
