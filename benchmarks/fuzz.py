@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000, help="of each reader")
     parser.add_argument("--readers", nargs="*", default=[], help="names of readers; all if left out")
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--out", type=Path, help="JSON file of the table")
+    parser.add_argument("--out", type=Path, help="JSON file of the table; keeps the lines of readers that do not run")
     parser.add_argument("--keep", type=Path, help="folder for the files of crashes")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY, resource.RLIM_INFINITY))
@@ -248,14 +248,17 @@ def main() -> None:
             f"{count.seconds:6.0f} s"
         )
     if options.out:
-        machine = {"python": platform.python_version(), "versions": {name: version(name) for name in VERSIONED}}
-        table = {
-            "machine": machine,
-            "inputs": options.inputs,
-            "readers": [asdict(count) | {"kinds": dict(count.kinds)} for count in counts],
-        }
-        write_text(options.out, json.dumps(table, indent=1) + "\n")
+        write_table(options.out, counts)
     sys.exit(any(count.crashes for count in counts))
+
+
+def write_table(path: Path, counts: list[Count]) -> None:
+    """The counts as JSON, in the place of what the file had of these readers."""
+    before = json.loads(path.read_text(encoding="utf-8"))["readers"] if path.is_file() else []
+    here = {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
+    lines = {line["reader"]: line for line in before}
+    lines |= {count.reader: asdict(count) | {"kinds": dict(count.kinds), "versions": here} for count in counts}
+    write_text(path, json.dumps({"readers": list(lines.values())}, indent=1) + "\n")
 
 
 def _add(whole: Count, part: Count) -> None:

@@ -1,6 +1,7 @@
 """Every reader meets some hundred wrong files and reads or refuses them; `benchmarks/fuzz.py` gives it thousands."""
 
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -63,6 +64,15 @@ def test_a_crash_is_seen(tmp_path: Path) -> None:
     assert list((tmp_path / "kept").iterdir())
 
 
+def test_a_table_keeps_the_readers_that_did_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "fuzz.json"
+    fuzz.write_table(path, [fuzz.Count("a", inputs=3), fuzz.Count("b", inputs=3, crashes=1)])
+    fuzz.write_table(path, [fuzz.Count("b", inputs=5)])
+    lines = {line["reader"]: line for line in json.loads(path.read_text())["readers"]}
+    assert {name: (line["inputs"], line["crashes"]) for name, line in lines.items()} == {"a": (3, 0), "b": (5, 0)}
+    assert all(line["versions"]["python"] for line in lines.values())
+
+
 def test_a_seed_names_its_input() -> None:
     for reader in READERS.values():
         for seed in (2, 3, 5):
@@ -96,8 +106,6 @@ JSON = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(JSON)
 def test_parse_json_is_json(value: Any) -> None:
-    import json
-
     text = json.dumps(value)
     assert parse_json(text) == json.loads(text)
     assert parse_json(text.encode()) == value
