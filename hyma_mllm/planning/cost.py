@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
+from torch.nn import functional
 
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
@@ -25,6 +26,9 @@ STACK = (4, 512, 768)
 
 LOGITS = (2, 512, 32)
 """Pairs, samples and width of the loss that is timed; so narrow that its products hardly count."""
+
+LAYERS = 12
+"""Frozen layers that are timed one after the other."""
 
 STREAM = 64_000_000
 """Bytes of the tensors that are added to time memory: more than caches hold."""
@@ -109,6 +113,27 @@ def measured_rates(device: torch.device | str = "cpu", rounds: int = 5) -> Rates
     updates = 3.0 * STREAM / _best(lambda: torch.add(first, second, out=second), device, rounds)
     fresh = 3.0 * STREAM / _best(lambda: first + second, device, rounds)
     return Rates(plain, _stacked_rate(device, rounds), updates, fresh, _logit_rate(plain, device, rounds))
+
+
+def frozen_rate(rows: int, fan_in: int, fan_out: int, device: torch.device | str = "cpu", rounds: int = 5) -> float:
+    """FLOPs a second of a frozen layer in float32, forward and backward to its input, as an LLM is passed.
+
+    Args:
+        rows: that pass together; few rows make a slow product.
+        fan_in: width of the layer's input.
+        fan_out: width of its output.
+        device: what to measure.
+        rounds: times it is taken; the best counts.
+    """
+    x = torch.randn(rows, fan_in, device=device, requires_grad=True)
+    # More layers than one, so that their weights come from memory and not from a cache.
+    layers = [torch.randn(fan_out, fan_in, device=device) for _ in range(LAYERS)]
+    pull = torch.randn(rows, fan_out, device=device)
+
+    def work() -> object:
+        return [torch.autograd.grad(functional.linear(x, weight), x, pull) for weight in layers]
+
+    return LAYERS * 4.0 * rows * fan_in * fan_out / _best(work, device, rounds)
 
 
 def _stacked_rate(device: torch.device | str, rounds: int) -> float:

@@ -1,10 +1,13 @@
 """The cost model's laws, and memory formulae against what torch really keeps."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from hyma_mllm.connectors import ConnectorSpec
@@ -83,3 +86,18 @@ def test_work_of_a_contrastive_step_grows_with_what_it_is_made_of() -> None:
 def test_rates_of_this_machine_are_positive() -> None:
     rates = cost.measured_rates(rounds=1)
     assert min(rates.flops, rates.stacked) > 1e8 and min(rates.updates, rates.bytes) > 1e7 and rates.logits > 1e4
+    assert cost.frozen_rate(64, 96, 128, rounds=1) > 1e7
+
+
+def test_a_frozen_layer_is_counted_forward_and_back_to_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is what is counted: torch counts the products of the timed work itself."""
+
+    def one_second(work: Callable[[], object], device: object, rounds: int) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        seen.append(counter.get_total_flops())
+        return 1.0
+
+    seen: list[int] = []
+    monkeypatch.setattr(cost, "_best", one_second)
+    assert cost.frozen_rate(10, 24, 32) == seen[0] == cost.LAYERS * 4 * 10 * 24 * 32
