@@ -57,6 +57,7 @@ jsonargparse.set_loader("yaml", _checked_yaml, exceptions=(yaml.YAMLError,))
 
 C = TypeVar("C")
 R = TypeVar("R", bound=RecipeConfig)
+W = TypeVar("W")
 
 
 def parse(
@@ -153,7 +154,8 @@ def in_run_directory(
         search: fills the run directory.
         show: writes the report and prints a summary, on the main process.
     """
-    with closing(_opened(config, accelerator)) as run:
+    main = accelerator.is_main_process
+    with closing(agreed(lambda: RunDirectory(config.run, config.resolved(), main))) as run:
         if is_finished(run.path, finished):
             accelerator.print(f"The run {run.path} was finished before; set --run to a new directory for another.")
         else:
@@ -165,21 +167,21 @@ def in_run_directory(
             show(run.path)
 
 
-def _opened(config: RecipeConfig, accelerator: Accelerator) -> RunDirectory:
-    """The run directory; where the main process may not have it, it says why and the others end without a word.
+def agreed(work: Callable[[], W]) -> W:
+    """What `work` gives; where it fails in the main process, that one says why and the others end without a word.
 
     Raises:
         SystemExit: in the others, with the code that the main process ends with.
     """
-    run, refusal = None, None
+    found, refusal = list[W](), None
     try:
-        run = RunDirectory(config.run, config.resolved(), accelerator.is_main_process)
+        found.append(work())
     except Exception as error:
         refusal = error
     refused = [refusal is not None]
     broadcast_object_list(refused)
     if refusal is not None:
         raise refusal
-    if run is None or refused[0]:
+    if refused[0]:
         raise SystemExit(2)
-    return run
+    return found[0]

@@ -58,63 +58,30 @@ class RunDirectory:
         path: of the directory; made if missing.
         config: resolved configuration; a rerun must have the same.
         main_process: whether this process writes (rank 0).
+        option: of the command line that names the directory.
 
     Raises:
         HymaError: another live run holds it, or it was made with another configuration.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], main_process: bool = True) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], main_process: bool = True, option: str = "--run") -> None:
         self.path = path
         self.main_process = main_process
+        self.option = option
         self._lock: filelock.BaseFileLock | None = None
         if not main_process:
             return
-        self._check_place()
+        _check_place(path, option)
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(path / ".lock")
+        self._lock = _held(path, option)
         try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise HymaError(
-                f"The run directory {path} is in use by a live run; wait for it, stop it, or set --run to another."
-            ) from None
-        try:
-            self._check_config(config)
+            _check_config(path, config, option)
         except HymaError:
             self.close()
             raise
         sweep(path)
         write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         write_text(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-
-    def _check_place(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise HymaError(f"--run names {self.path}, which is a file; name a directory.")
-        stranger = self.path.is_dir() and any(self.path.iterdir())
-        if stranger and not (self.path / "config.yaml").exists() and not (self.path / ".lock").exists():
-            raise HymaError(f"The directory {self.path} holds files but no run; name an empty or a new directory.")
-
-    def _check_config(self, config: Mapping[str, Any]) -> None:
-        path = self.path / "config.yaml"
-        if not path.exists():
-            return
-        try:
-            old = parse_yaml(path.read_text(encoding="utf-8"))
-            if not isinstance(old, dict | None):
-                raise ValueError("it holds no options")
-        except (OSError, ValueError) as error:
-            raise HymaError(
-                f"{path} is not readable YAML ({error}); remove the run directory or name another."
-            ) from None
-        changed = [
-            f"{key} was {then!r} and is {now!r}"
-            for key, then, now in _differences(old or {}, yaml.safe_load(yaml.safe_dump(dict(config))))
-        ]
-        if changed:
-            raise HymaError(
-                f"The run directory {self.path} holds a run of another configuration ({'; '.join(changed[:3])}); "
-                "give the old values back, or set --run to a new directory."
-            )
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl (main process only)."""
@@ -147,6 +114,59 @@ class RunDirectory:
         """Let another run have the directory."""
         if self._lock is not None:
             self._lock.release()
+
+
+def check_run(path: Path, config: Mapping[str, Any], option: str = "--run") -> None:
+    """Refuse what `RunDirectory` would refuse, and write nothing: for before the expensive work that comes before it.
+
+    Raises:
+        HymaError: as `RunDirectory`.
+    """
+    _check_place(path, option)
+    _check_config(path, config, option)
+    if (path / ".lock").exists():
+        _held(path, option).release()
+
+
+def _check_place(path: Path, option: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise HymaError(f"{option} names {path}, which is a file; name a directory.")
+    stranger = path.is_dir() and any(path.iterdir())
+    if stranger and not (path / "config.yaml").exists() and not (path / ".lock").exists():
+        raise HymaError(f"The directory {path} holds files but no run; name an empty or a new directory.")
+
+
+def _held(path: Path, option: str) -> filelock.BaseFileLock:
+    """The lock of a run directory, taken."""
+    lock = filelock.FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise HymaError(
+            f"The run directory {path} is in use by a live run; wait for it, stop it, or set {option} to another."
+        ) from None
+    return lock
+
+
+def _check_config(run: Path, config: Mapping[str, Any], option: str) -> None:
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        old = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(old, dict | None):
+            raise ValueError("it holds no options")
+    except (OSError, ValueError) as error:
+        raise HymaError(f"{path} is not readable YAML ({error}); remove the run directory or name another.") from None
+    changed = [
+        f"{key} was {then!r} and is {now!r}"
+        for key, then, now in _differences(old or {}, yaml.safe_load(yaml.safe_dump(dict(config))))
+    ]
+    if changed:
+        raise HymaError(
+            f"The run directory {run} holds a run of another configuration ({'; '.join(changed[:3])}); "
+            f"give the old values back, or set {option} to a new directory."
+        )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -4,17 +4,31 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 from hyma_mllm.paths import write_text
-from hyma_mllm.search.engine import Engine
 
 KEPT = 2
+
+
+class State(Protocol):
+    """What a checkpoint keeps.
+
+    Attributes:
+        kind: names the layout; empty for one whole copy.
+    """
+
+    kind: str
+
+    def save(self, directory: Path) -> None:
+        """Write it, every process its part."""
+
+    def load(self, directory: Path) -> None:
+        """Read it back, in every process."""
 
 
 @dataclass
@@ -26,12 +40,14 @@ class Checkpoints:
         accelerator: of all processes.
         identity: what the training is; a checkpoint of another identity is refused.
         engine: saves and loads model, optimiser and random number states.
+        option: of the command line that names the run directory.
     """
 
     directory: Path
     accelerator: Accelerator
     identity: dict[str, Any]
-    engine: Engine
+    engine: State
+    option: str = "--run"
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
         """Write the checkpoint of this step, then drop all but the newest `KEPT`."""
@@ -66,26 +82,27 @@ class Checkpoints:
         newest = found[-1]
         damaged = f"The checkpoint {newest} is damaged; remove that directory and run the same command again"
         try:
-            progress: dict[str, Any] = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HymaError(f"{damaged} ({error}).") from error
+            progress: dict[str, Any] = parse_json((newest / "progress.json").read_bytes())
+            theirs: dict[str, Any] = dict(progress["identity"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise HymaError(f"{damaged} ({reason(error)}).") from error
         # Through JSON, because that is where the other one has been.
         mine = json.loads(json.dumps(self.identity))
-        if progress["identity"] != mine:
-            changed = [key for key in mine if progress["identity"].get(key) != mine[key]]
+        if theirs != mine:
+            changed = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
             raise HymaError(
                 f"The checkpoint {newest} is of another configuration ({', '.join(changed)} differ); "
-                "give the old values back, or set --run to a new directory."
+                f"give the old values back, or set {self.option} to a new directory."
             )
         if (written := progress.get("engine", "")) != self.engine.kind:
             raise HymaError(
                 f"The checkpoint {newest} was written by {written or 'whole copies'}, and this is "
-                f"{self.engine.kind or 'whole copies'}; launch as before, or set --run to a new directory."
+                f"{self.engine.kind or 'whole copies'}; launch as before, or set {self.option} to a new directory."
             )
         try:
             self.engine.load(newest)
-        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            raise HymaError(f"{damaged} ({str(error).splitlines()[0]}).") from error
+        except UNREADABLE as error:
+            raise HymaError(f"{damaged} ({reason(error)}).") from error
         return progress
 
     def restore(self) -> None:

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from hyma_mllm.errors import HymaError
 
 
@@ -65,8 +68,8 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(caught, old)
         if not request.deferred:
             raise SearchInterruptedError(
-                f"Stopped by {request.signal}; whole shards of features, checkpoints and finished trainings are kept, "
-                "run the same command again to go on."
+                f"Stopped by {request.signal}; checkpoints and all that was finished are kept, run the same command "
+                "again to go on."
             )
 
     for caught in (signal.SIGINT, signal.SIGTERM):
@@ -80,3 +83,11 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for caught, old in before.items():
             signal.signal(caught, old)
+
+
+def asked_to_stop(request: StopRequest, accelerator: Accelerator) -> bool:
+    """Whether a signal reached any process: all must leave at the same step."""
+    if accelerator.num_processes == 1:
+        return bool(request)
+    asked = torch.tensor([int(bool(request))], device=accelerator.device)
+    return bool(accelerator.gather(asked).any())

@@ -65,7 +65,7 @@ def hold_inputs(run: RunDirectory, inputs: Mapping[str, str]) -> None:
         name = changed[0]
         raise HymaError(
             f"{name} has changed since the run {run.path} began (it was {before.get(name)}, it is {inputs[name]}); "
-            "bring the old one back, or set --run to a new directory."
+            f"bring the old one back, or set {run.option} to a new directory."
         )
 
 

@@ -24,7 +24,7 @@ from hyma_mllm.search.checkpoints import Checkpoints
 from hyma_mllm.search.engines import engine_for
 from hyma_mllm.search.guard import Guard
 from hyma_mllm.search.held import HeldConnectors
-from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest
+from hyma_mllm.search.interrupt import SearchInterruptedError, StopRequest, asked_to_stop
 from hyma_mllm.search.ledger import Cost, Meter
 from hyma_mllm.search.pair_loss import PairLoss, SearchTask
 from hyma_mllm.search.placement import IDLE, Placement
@@ -263,7 +263,7 @@ class Trainer:
             settled = self.stability.settled(self.done, self.validate())
         if plan.checkpoint_every and self.done % plan.checkpoint_every == 0 and not over:
             self.checkpoint()
-        if self._asked_to_stop() and not over and not settled:
+        if asked_to_stop(self.stop, self.accelerator) and not over and not settled:
             self.checkpoint()
             of = "" if self.leg.until == UNLIMITED else f" of {self.leg.until}"
             raise SearchInterruptedError(
@@ -289,13 +289,6 @@ class Trainer:
             scores={headline: [round(score, 4) for score in scores]},
         )
         return scores
-
-    def _asked_to_stop(self) -> bool:
-        """Whether a signal reached any process: all must leave at the same step."""
-        if self.accelerator.num_processes == 1:
-            return bool(self.stop)
-        asked = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
-        return bool(self.accelerator.gather(asked).any())
 
     def checkpoint(self) -> None:
         """Save everything that a resumption needs, and what the guard rolls back to."""
