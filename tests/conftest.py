@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("data", "search"):
+for folder in ("data", "search", "stitched", "end_to_end"):
     sys.path.insert(0, str(Path(__file__).with_name(folder)))
 
 # Its assertions show their values, as those of the tests do.

@@ -1,6 +1,5 @@
 """From a run to a stitched MLLM: what stood outside the projector is folded in, and nothing else changes."""
 
-import importlib.util
 import json
 import runpy
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mllm_run as tiny_run
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,10 +23,6 @@ from hyma_mllm.search.ranking import SearchResult
 from hyma_mllm.search.stored import StoredConnectors
 from hyma_mllm.stitched.mllm import StitchedMLLM
 from hyma_mllm.stitched.mllm_processor import messages
-
-spec = importlib.util.spec_from_file_location("mllm_run", Path(__file__).parent / "end_to_end" / "mllm_run.py")
-tiny_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_run)
 
 NAMES = ("linear", "mlp1")
 

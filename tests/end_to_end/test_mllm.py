@@ -1,6 +1,5 @@
 """recipes/mllm.py on tiny models: its files, its repeatability, its interruptions, its take-away."""
 
-import importlib.util
 import json
 import signal
 import time
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mllm_run as tiny_run
 import pytest
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -15,10 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hyma_mllm.mllm import MLLMConfig
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.stitched.mllm import StitchedMLLM
-
-spec = importlib.util.spec_from_file_location("mllm_run", Path(__file__).with_name("mllm_run.py"))
-tiny_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_run)
 
 pytestmark = pytest.mark.slow
 

@@ -1,20 +1,17 @@
 """Every bad input of recipes/mllm.py: one sentence, exit code 2, before expensive work, nothing half-written."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mllm_run as tiny_run
 import pytest
 import torch
 
 from hyma_mllm import command
 from hyma_mllm.search.mllm_task import MLLMTask
 
-spec = importlib.util.spec_from_file_location("mllm_run", Path(__file__).with_name("mllm_run.py"))
-tiny_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_run)
 sentence_of = tiny_run.sentence_of
 
 Recipe = Callable[..., tuple[int, str, str]]

@@ -1,12 +1,12 @@
 """eval/vqa.py: answers in LLaVA's layout, continued after a kill, and scored by the task's metric."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_mllm as tiny
 import torch
 from PIL import Image
 
@@ -16,9 +16,6 @@ from hyma_mllm.stitched.mllm import StitchedMLLM
 from hyma_mllm.stitched.mllm_evaluation import metric_of, table_rows
 
 TINY = Path(__file__).parents[1] / "stitched" / "tiny_mllm.py"
-spec = importlib.util.spec_from_file_location("tiny_mllm", TINY)
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 QUESTIONS = ["What is it?", "Which of the two colours covers more of it?", "Who?", "Is it blue?", "What shape?"]
 

@@ -1,12 +1,12 @@
 """From rows to the causal task: pictures numbered once, words checked, parts that must not be empty."""
 
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_mllm as tiny
 import torch
 
 from hyma_mllm.data.pictures import open_picture
@@ -21,10 +21,6 @@ from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.placement import Placement
 from hyma_mllm.zoo.llm import llm_card, load_llm, load_tokenizer
 from hyma_mllm.zoo.vision_tokens import load_tower, tower_card
-
-spec = importlib.util.spec_from_file_location("tiny_mllm", Path(__file__).parents[1] / "stitched" / "tiny_mllm.py")
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 
 def row(key: str, image: Any, question: str | None = "What?", answers: tuple[str, ...] = ("red",) * 10) -> Row:

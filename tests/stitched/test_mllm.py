@@ -1,15 +1,14 @@
 """The exported MLLM: what transformers loads and says is what the search computed."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tiny_mllm as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,10 +29,6 @@ from hyma_mllm.stitched.mllm_config import MLLMConfig
 from hyma_mllm.stitched.mllm_processor import messages, render
 from hyma_mllm.zoo.llm import load_llm
 from hyma_mllm.zoo.vision_tokens import load_tower
-
-spec = importlib.util.spec_from_file_location("tiny_mllm", Path(__file__).with_name("tiny_mllm.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 MLP = ConnectorSpec(1, tiny.WIDTH, "gelu")
 LLAVA, FASTVLM = LlavaForConditionalGeneration, FastVlmForConditionalGeneration

@@ -1,19 +1,15 @@
 """`hyma answer`: one question, a conversation, and what can be wrong."""
 
-import importlib.util
 import io
 from pathlib import Path
 
 import pytest
+import tiny_mllm as tiny
 
 from hyma_mllm.answer import answer
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
 from hyma_mllm.stitched.mllm import StitchedMLLM
-
-spec = importlib.util.spec_from_file_location("tiny_mllm", Path(__file__).with_name("tiny_mllm.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 
 @pytest.fixture(scope="module")
