@@ -4,15 +4,15 @@ LoRA (arXiv 2106.09685, section 4.1) or, over a 4-bit LLM, QLoRA (arXiv 2305.143
 projector as in LLaVA-1.5's LoRA recipe (arXiv 2310.03744). The vision tower stays frozen and in eval mode.
 """
 
-import json
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +22,8 @@ from hyma_mllm.data.questions import open_questions
 from hyma_mllm.data.questions_audit import audit_questions
 from hyma_mllm.data.rows import Row, Source
 from hyma_mllm.errors import HymaError
+from hyma_mllm.finetune_state import Order, seed_step
+from hyma_mllm.search.engine import SHARDING
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.stitched.config import DataCredit
 from hyma_mllm.stitched.mllm import StitchedMLLM, check_files
@@ -39,7 +41,7 @@ class FinetuneConfig:
     Attributes:
         model: directory of the exported MLLM.
         data: questions with answers, as recipes/mllm.py names them, e.g. `llava:mix.json,images/`.
-        out: new directory; gets `adapter/`, `merged/` and `log.jsonl`.
+        out: run directory; gets `adapter/`, `merged/` and `log.jsonl`.
         limit: train on so many rows, the first ones; 0 takes all.
         max_bad_fraction: share of unreadable rows above which the training stops.
         max_length: tokens of a conversation at most, picture included.
@@ -56,6 +58,8 @@ class FinetuneConfig:
         quantisation: `nf4` keeps the LLM in 4 bits while training (QLoRA); the merged model is not quantised.
         dtype: of the frozen weights; adapters and projector are trained in fp32 always.
         checkpointing: recompute activations in the backward pass: less memory, about a third slower.
+        checkpoint_every: optimiser steps between checkpoints, from which the same command goes on; one more is kept at
+            the end of every epoch, and 0 leaves it at those.
         seed: of order, adapters and dropout.
     """
 
@@ -78,15 +82,26 @@ class FinetuneConfig:
     quantisation: Literal["none", "nf4"] = "none"
     dtype: Literal["fp32", "bf16"] = "bf16"
     checkpointing: bool = False
+    checkpoint_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_length", "epochs", "batch", "accumulate", "lr", "projector_lr", "clip", "rank", "alpha"):
             if getattr(self, name) <= 0:
                 raise HymaError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("limit", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise HymaError(f"{name} is {getattr(self, name)}; it must be 0 or above.")
         for name in ("warmup", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise HymaError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1.")
+
+    def resolved(self, processes: int) -> dict[str, Any]:
+        """Plain values: everything that decides the result, each of the processes taking rows of its own."""
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        for free in ("out", "checkpointing", "checkpoint_every"):
+            plain.pop(free)
+        return plain | {"processes": processes}
 
 
 @dataclass(frozen=True)
@@ -106,15 +121,26 @@ def check(config: FinetuneConfig) -> MLLMConfig:
     """Everything that can be wrong with the directories, before a weight is read.
 
     Raises:
-        HymaError: no exported MLLM there, the output directory is taken, or a built-in set without its part.
+        HymaError: no exported MLLM there, or a built-in set without its part.
     """
     if config.data.startswith("questions:") and "/" not in config.data:
         raise HymaError(f"{config.data} holds its test questions too; write {config.data}/train.")
     found = MLLMConfig.read(config.model)
     check_files(config.model)
-    if config.out.exists() and any(config.out.iterdir()):
-        raise HymaError(f"{config.out} holds something already; set --out to a new directory.")
     return found
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse launchers that shard: adapters are kept and saved as whole copies.
+
+    Raises:
+        HymaError: DeepSpeed or FSDP was started.
+    """
+    if accelerator.distributed_type in SHARDING:
+        raise HymaError(
+            f"The launcher started {accelerator.distributed_type.value}, which this recipe does not train by; launch "
+            "with accelerate_configs/multi_gpu.yaml."
+        )
 
 
 def load(config: FinetuneConfig, device: torch.device) -> StitchedMLLM:
@@ -221,17 +247,30 @@ def build_optimiser(model: nn.Module, config: FinetuneConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
+def steps_per_epoch(loader: Any, config: FinetuneConfig) -> int:
+    """Optimiser steps of one epoch; the last may be of fewer batches."""
+    return math.ceil(len(loader) / config.accumulate)
+
+
 def train(
-    model: Any, loader: Any, optimiser: Any, config: FinetuneConfig, accelerator: Accelerator
-) -> Iterator[dict[str, float]]:
-    """Train all epochs.
+    model: Any,
+    loader: Any,
+    order: Order,
+    optimiser: Any,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    start: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Train all epochs, or what is left of them.
 
     Args:
         model: what `with_adapters` gives, prepared by the accelerator.
         loader: batches of `Collate`, prepared.
+        order: of the rows that the loader takes.
         optimiser: prepared.
         config: of the training.
         accelerator: that prepared them.
+        start: optimiser steps that are done; model and optimiser are as they were behind them.
 
     Yields:
         `step`, `loss` (mean of its batches on the main process) and `lr` of every step of the optimiser.
@@ -239,18 +278,22 @@ def train(
     Raises:
         HymaError: the loss is not a number, or a batch does not fit into the device's memory.
     """
-    steps = config.epochs * math.ceil(len(loader) / config.accumulate)
+    epoch_steps = steps_per_epoch(loader, config)
     schedule = OptimiserConfig(lr=1.0, warmup=config.warmup)
-    peaks = [group["lr"] for group in optimiser.param_groups]
+    peaks = config.lr, config.projector_lr
     model.train()
     # Its batch norms must not learn, and transformers calls nothing that keeps it in eval mode.
     accelerator.unwrap_model(model).base_model.model.model.vision_tower.eval()
-    step, losses = 0, list[float]()
-    for _ in range(config.epochs):
-        for batch in loader:
-            share = schedule.rate(step, steps)
+    step, losses = start, list[float]()
+    for epoch in range(start // epoch_steps, config.epochs):
+        order.epoch = epoch
+        done = step % epoch_steps * config.accumulate
+        for batch in skip_first_batches(loader, done) if done else loader:
+            share = schedule.rate(step, config.epochs * epoch_steps)
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
+            if not losses:
+                seed_step(config.seed, step, accelerator.process_index)
             with accelerator.accumulate(model):
                 losses.append(_forward_and_back(model, batch, accelerator))
                 if not math.isfinite(losses[-1]):
@@ -277,11 +320,10 @@ def _forward_and_back(model: Any, batch: dict[str, Tensor], accelerator: Acceler
     return float(loss.item())
 
 
-def write_log(path: Path, entry: dict[str, Any]) -> None:
-    """One JSON line behind the others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def inputs(config: FinetuneConfig, about: MLLMConfig, source: Source, rows: int) -> dict[str, str]:
+    """What is read -> a fingerprint of it: the data and which of its rows, and the exported model by its card."""
+    card = hashlib.sha256((config.model / FILE_NAME).read_bytes()).hexdigest()
+    return {source.name: f"{source.fingerprint[:16]}-{rows}", about.model_id: card[:16]}
 
 
 def merge(config: FinetuneConfig, source: Source, rows: int) -> StitchedMLLM:

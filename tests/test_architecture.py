@@ -46,6 +46,7 @@ FLOORS = [
         "launch",
         "launch_checks",
         "finetune",
+        "finetune_state",
         "answer",
         "command",
         "cli",

@@ -2,79 +2,40 @@
 
 import importlib.util
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.finetune import Collate, FinetuneConfig, encode_rows, load, read_rows, with_adapters
 from hyma_mllm.stitched.mllm import StitchedMLLM
 from hyma_mllm.stitched.mllm_processor import messages
 
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("tiny_mllm", ROOT / "tests" / "stitched" / "tiny_mllm.py")
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
-
-COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230)}
+spec = importlib.util.spec_from_file_location("finetune_run", Path(__file__).with_name("finetune_run.py"))
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+COLOURS, options = runs.COLOURS, runs.options
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finetune")
-    stitched = tiny.stitch_kinds(folder, "test_efficientnet", "llama", ConnectorSpec(1, tiny.WIDTH, "gelu"), ":64px")
-    stitched.save_pretrained(folder / "best")
-    return folder / "best"
+    return runs.export_model(tmp_path_factory.mktemp("finetune"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    """Eight conversations in LLaVA's json: the colour of the picture, asked in one turn or in the second of two."""
-    folder = tmp_path_factory.mktemp("data")
-    entries = []
-    for number in range(8):
-        name, colour = list(COLOURS.items())[number % 2]
-        Image.new("RGB", (40, 40), colour).save(folder / f"{number}.png")
-        said = [("human", "<image>\nColour?"), ("gpt", name)]
-        if number > 5:
-            said = [("human", "<image>\nHi"), ("gpt", "Hi"), ("human", "Colour?"), ("gpt", name)]
-        turns = [{"from": speaker, "value": text} for speaker, text in said]
-        entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "mix.json").write_text(json.dumps(entries))
-    return f"llava:{folder / 'mix.json'},{folder}"
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return runs.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def recipe(monkeypatch, capsys):
+def recipe(capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
-        reset_accelerate()
-        path = str(ROOT / "recipes" / "finetune.py")
-        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return runs.call(*arguments), *capsys.readouterr()
 
-    yield run
-    reset_accelerate()
-
-
-def options(exported: Path, data: str, out: Path, *more: object) -> list[object]:
-    return ["--model", exported, "--data", data, "--out", out, "--batch", 4, "--max_length", 160, *more]
+    return run
 
 
 def test_adapter_and_merged_model_learn_and_load_as_before(recipe, exported, data, tmp_path):
@@ -192,4 +153,4 @@ def test_a_taken_directory_is_refused_and_a_dry_run_writes_nothing(recipe, expor
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     code, _, error = recipe(*options(exported, data, tmp_path / "taken"))
     assert code == 2
-    assert "holds something already" in error
+    assert "holds files but no run" in error
