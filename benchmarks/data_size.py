@@ -111,7 +111,9 @@ def picture(found: Sequence[dict[str, Any]], path: Path) -> Path:
 
     connectors = list(dict.fromkeys(line["connector"] for line in found))
     size = (5.0 * len(connectors), 7.5)
-    figure, axes = plt.subplots(2, len(connectors), figsize=size, squeeze=False, sharex=True, sharey="row")
+    figure, axes = plt.subplots(
+        2, len(connectors), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
     for column, connector in enumerate(connectors):
         for row, (key, title) in enumerate(SHOWN):
             axis = axes[row][column]
@@ -123,12 +125,15 @@ def picture(found: Sequence[dict[str, Any]], path: Path) -> Path:
                 width = 2.5 if label == "hyma" else 1.2
                 axis.errorbar(counts, mean, yerr=spread, marker="o", capsize=2, label=label, linewidth=width)
             axis.set_xscale("log")
+            sizes = sorted({line["pictures"] for line in found})
+            axis.set_xticks(sizes, [f"{count:,}" for count in sizes])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             axis.set_ylabel(title)
         axes[0][column].set_title(connector)
         axes[1][column].set_xlabel("training pictures")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
