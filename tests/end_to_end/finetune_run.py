@@ -1,13 +1,12 @@
 """A tiny exported MLLM and eight conversations, and recipes/finetune.py as a user starts it."""
 
-import importlib.util
 import json
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import tiny_mllm as tiny
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,21 +14,8 @@ from torch import Tensor
 
 from hyma_mllm.connectors import ConnectorSpec
 
-TESTS = Path(__file__).parents[1]
-RECIPE = TESTS.parent / "recipes" / "finetune.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230)}
-
-
-def load(path: Path) -> ModuleType:
-    """A helper of the tests by its path: they are no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load(TESTS / "stitched" / "tiny_mllm.py")
 
 
 def export_model(folder: Path) -> Path:

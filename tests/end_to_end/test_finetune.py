@@ -1,9 +1,9 @@
 """recipes/finetune.py: LoRA and QLoRA on an exported MLLM, and the merged export."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import finetune_run as runs
 import pytest
 import torch
 from peft import PeftModel
@@ -14,9 +14,6 @@ from hyma_mllm.finetune import Collate, FinetuneConfig, encode_rows, load, read_
 from hyma_mllm.stitched.mllm import StitchedMLLM
 from hyma_mllm.stitched.mllm_processor import messages
 
-spec = importlib.util.spec_from_file_location("finetune_run", Path(__file__).with_name("finetune_run.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 COLOURS, options = runs.COLOURS, runs.options
 
 

@@ -1,6 +1,5 @@
 """recipes/finetune.py stopped in the middle: the same command goes on, and ends as if nothing had happened."""
 
-import importlib.util
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -8,17 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import finetune_run as runs
 import pytest
 import torch
 import yaml
 
 from hyma_mllm import finetune, finetune_state
 from hyma_mllm.run_directory import RunDirectory
-
-spec = importlib.util.spec_from_file_location("finetune_run", Path(__file__).with_name("finetune_run.py"))
-assert spec is not None and spec.loader is not None
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 
 # Eight rows one by one, three to a step: an epoch is of 3 + 3 + 2.
 STEPS = 6

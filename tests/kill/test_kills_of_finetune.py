@@ -1,6 +1,5 @@
 """SIGKILL of recipes/finetune.py, and the same command again: weights and log must be those of a run in peace."""
 
-import importlib.util
 import os
 import signal
 import socket
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import finetune_run as runs
 import pytest
 import torch
 
@@ -21,12 +21,6 @@ STEPS = 20
 # Eight rows, two by two, three batches to a step: an epoch is of two steps.
 TRAINING = ("--batch", 2, "--accumulate", 3, "--epochs", STEPS // 2, "--dropout", 0.3, "--dtype", "fp32")
 TRAINING += ("--lr", 0.01, "--projector_lr", 0.01, "--checkpoint_every", 3)
-
-path = Path(__file__).parents[1] / "end_to_end" / "finetune_run.py"
-spec = importlib.util.spec_from_file_location("finetune_run", path)
-assert spec is not None and spec.loader is not None
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 
 Command = Callable[..., list[str]]
 
