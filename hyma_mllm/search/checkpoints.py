@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
+from hyma_mllm.data.manifest import hash_file
 from hyma_mllm.errors import HymaError
 from hyma_mllm.foreign import UNREADABLE, parse_json, reason
 from hyma_mllm.paths import write_text
@@ -60,10 +61,8 @@ class Checkpoints:
         self.engine.save(partial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_text(
-                partial / "progress.json",
-                json.dumps({"identity": self.identity, "engine": self.engine.kind, "step": step, **progress}),
-            )
+            told = {"identity": self.identity, "engine": self.engine.kind, "step": step, "files": _hashes(partial)}
+            write_text(partial / "progress.json", json.dumps(told | progress))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in self._all()[:-KEPT]:
@@ -100,8 +99,11 @@ class Checkpoints:
                 f"{self.engine.kind or 'whole copies'}; launch as before, or set {self.option} to a new directory."
             )
         try:
+            # A flipped bit, or what a machine that lost power did not write, may still load.
+            if _hashes(newest) != progress["files"]:
+                raise ValueError("a file is not as it was written")
             self.engine.load(newest)
-        except UNREADABLE as error:
+        except (KeyError, *UNREADABLE) as error:
             raise HymaError(f"{damaged} ({reason(error)}).") from error
         return progress
 
@@ -121,3 +123,9 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("step-*") if (path / "progress.json").exists())
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but `progress.json`, which tells them."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "progress.json")
+    return {str(path.relative_to(directory)): hash_file(path) for path in files}

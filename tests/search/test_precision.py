@@ -176,10 +176,13 @@ def test_a_damaged_checkpoint_is_named(task: VLMTask, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "m-mlp1-0" / "step-00000001"
     for name in ("model.safetensors", "optimizer.bin", "progress.json"):
         whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
-        accelerator.free_memory()
-        again, _ = trainer(task, tmp_path, accelerator, network_of("bank", task), 2, checkpoint_every=1)
-        again.run.close()
-        with pytest.raises(HymaError, match=r"step-00000001 is damaged; remove that directory"):
-            again.fit()
+        half = len(whole) // 2
+        flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+        for damaged in (whole[:half], flipped) if name != "progress.json" else (whole[:half],):
+            (folder / name).write_bytes(damaged)
+            accelerator.free_memory()
+            again, _ = trainer(task, tmp_path, accelerator, network_of("bank", task), 2, checkpoint_every=1)
+            again.run.close()
+            with pytest.raises(HymaError, match=r"step-00000001 is damaged; remove that directory"):
+                again.fit()
         (folder / name).write_bytes(whole)
