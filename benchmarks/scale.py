@@ -12,9 +12,9 @@ times and peaks are taken. A prediction is right within 25 %.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,7 @@ from hyma_mllm.search.mllm_task import MLLMTask
 from hyma_mllm.search.pair_loss import PairLoss
 from hyma_mllm.search.task import VLMTask
 from hyma_mllm.zoo.llm import llm_card
-from hyma_mllm.zoo.llm_shape import llm_shape
+from hyma_mllm.zoo.llm_shape import LLMShape, llm_shape
 from hyma_mllm.zoo.vision_tokens import load_tower, tower_card
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
@@ -50,6 +50,9 @@ LLM = "smollm2-135m"
 TOWER = "dinov2-small@8"
 WITHIN = 0.25
 """A prediction is right when it is off by no more."""
+
+LEAST_STEPS = 3
+"""That are timed in a process."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,13 @@ class Planned:
         step: takes it once.
         work: what it does.
         bytes: that it needs at its peak, beyond what was there before it was built; 0 where that is not predicted.
-        product: rows, width in and out of its largest kind of plain product, whose rate counts; None takes a square's.
+        layers: the LLM and the tokens that pass together, if the plain products are those of its layers.
     """
 
     step: Callable[[], object]
     work: cost.Work
     bytes: float
-    product: tuple[int, int, int] | None = None
+    layers: tuple[LLMShape, int] | None = None
 
 
 def contrastive(case: Case) -> Planned:
@@ -166,7 +169,7 @@ def causal(case: Case) -> Planned:
     step = causal_step.search_step(task, case.batch, case.per_visit)
     updates = float((cost.UPDATE_PASSES - 3) * training.FLOAT * own_weights)  # nothing is clipped here
     work = cost.Work(task.visit_flops(spec, pairs, case.batch), 0.0, updates, moved)
-    return Planned(step, work, needed, (rows * length, shape.width, shape.inner))
+    return Planned(step, work, needed, (shape, rows * length))
 
 
 def embedding(case: Case) -> Planned:
@@ -184,32 +187,41 @@ BUILD = {"contrastive": contrastive, "causal": causal, "embedding": embedding}
 
 
 def measured(case: Case, seconds: float) -> dict[str, Any]:
-    """Time and peak of one size in this process, and what was predicted of both."""
+    """Median time of a step, and the peak, in this process; and the median rates, taken between one step and the next.
+
+    In turn, and medians of both, because a shared machine is slower at times.
+    """
     torch.manual_seed(0)
-    first = cost.measured_rates()
     before = measure.start_of_peak("cpu")
     planned = BUILD[case.kind](case)
     measure.fastest(planned.step, 0.0, "cpu")  # the first step is never the fastest
-    best = measure.fastest(planned.step, seconds, "cpu")
     peak = measure.peak("cpu") - before
-    rates = first.best(cost.measured_rates())
-    if planned.product:
-        rates = replace(rates, flops=cost.frozen_rate(*planned.product))
+    times, rates = list[float](), list[cost.Rates]()
+    while sum(times) < seconds or len(times) < LEAST_STEPS:
+        rates.append(rates_for(planned))
+        times.append(measure.fastest(planned.step, 0.0, "cpu"))
+    usual = cost.Rates(*map(median, zip(*map(astuple, rates), strict=True)))
     return {
-        "seconds": best,
+        "seconds": median(times),
+        "predicted_seconds": planned.work.seconds(usual),
         "peak_bytes": peak,
         "predicted_bytes": planned.bytes,
         "work": asdict(planned.work),
-        "rates": asdict(rates),
+        "rates": asdict(usual),
     }
 
 
+def rates_for(planned: Planned) -> cost.Rates:
+    """The machine's rates at this moment."""
+    rates = cost.measured_rates(rounds=1)
+    return replace(rates, flops=cost.frozen_rate(*planned.layers, rounds=1)) if planned.layers else rates
+
+
 def checked(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """The best time of all rounds beside what the best rates of all rounds predict, and the peak of another process."""
-    times = [measure.for_time(__file__, asdict(case), seconds) for _ in range(rounds)]
-    found = min(times, key=lambda one: one["seconds"])
-    rates = reduce(cost.Rates.best, (cost.Rates(**one["rates"]) for one in times))
-    found |= {"rates": asdict(rates), "predicted_seconds": cost.Work(**found["work"]).seconds(rates)}
+    """The fastest of all rounds beside its own prediction, and the peak of another process."""
+    found = min(
+        (measure.for_time(__file__, asdict(case), seconds) for _ in range(rounds)), key=lambda one: one["seconds"]
+    )
     peak = measure.for_peak(__file__, asdict(case)) if found["predicted_bytes"] else None
     row = {"case": str(case), **found, "time_ratio": found["predicted_seconds"] / found["seconds"]}
     row["peak_bytes"] = peak["peak_bytes"] if peak else None

@@ -15,7 +15,7 @@ from torch.nn import functional
 from hyma_mllm import connectors
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.objectives.contrastive import info_nce
-from hyma_mllm.planning.training import FLOAT, layer_activations
+from hyma_mllm.planning.training import FLOAT
 from hyma_mllm.zoo.llm_shape import LLMShape
 
 SIDE = 1024
@@ -27,8 +27,8 @@ STACK = (4, 512, 768)
 LOGITS = (2, 512, 32)
 """Pairs, samples and width of the loss that is timed; so narrow that its products hardly count."""
 
-LAYERS = 12
-"""Frozen layers that are timed one after the other."""
+LAYERS = 4
+"""An LLM's layers whose products are timed one after the other."""
 
 STREAM = 64_000_000
 """Bytes of the tensors that are added to time memory: more than caches hold."""
@@ -48,6 +48,22 @@ input's gradient (2), its gradient written (1), and added, split and gathered on
 KEPT_PASSES = 5
 """Times that a kept activation's bytes move: written and read going forward; read again, and its gradient written and
 read, going back."""
+
+WIDTH_PASSES = 69
+"""Times that a token's width moves through a layer of an LLM, forward and back: two RMS norms (14 and 34), two sums (6
+and 6), and gradients that are added up where three and two products read one input (9)."""
+
+INNER_PASSES = 14
+"""The same of the MLP's inner width: SiLU and a product with the gate (5), and their gradients (9)."""
+
+ROTARY_PASSES = 22
+"""The same of queries and of keys: halves turned round, scaled by cosine and sine and summed (10), and back (12)."""
+
+ATTENTION_PASSES = 16
+"""The same of all heads: read and written by the fused kernel (4, and 8 back), and the result laid out again (2, 2)."""
+
+REPEAT_PASSES = 4
+"""The same of keys and values together with their copies for all heads (2, and 2 back)."""
 
 BLOCK_PASSES = 30
 """Times that a token's width moves through a frozen block: two norms (4), attention with what goes in (8), two sums
@@ -115,25 +131,37 @@ def measured_rates(device: torch.device | str = "cpu", rounds: int = 5) -> Rates
     return Rates(plain, _stacked_rate(device, rounds), updates, fresh, _logit_rate(plain, device, rounds))
 
 
-def frozen_rate(rows: int, fan_in: int, fan_out: int, device: torch.device | str = "cpu", rounds: int = 5) -> float:
-    """FLOPs a second of a frozen layer in float32, forward and backward to its input, as an LLM is passed.
+def frozen_rate(shape: LLMShape, rows: int, device: torch.device | str = "cpu", rounds: int = 5) -> float:
+    """FLOPs a second of the products of an LLM's frozen layers in float32, forward and backward to their inputs.
 
     Args:
-        rows: that pass together; few rows make a slow product.
-        fan_in: width of the layer's input.
-        fan_out: width of its output.
+        shape: of the LLM; all products of a layer count, for narrow ones are slower.
+        rows: tokens that pass together; few make slow products.
         device: what to measure.
         rounds: times it is taken; the best counts.
     """
-    x = torch.randn(rows, fan_in, device=device, requires_grad=True)
+    width, heads, keys, inner = shape.width, shape.heads_width, shape.kv_width, shape.inner
+    fans = [
+        (width, heads),
+        (width, keys),
+        (width, keys),
+        (heads, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
+    inputs = {fan: torch.randn(rows, fan, device=device, requires_grad=True) for fan, _ in fans}
+    pulls = {fan: torch.randn(rows, fan, device=device) for _, fan in fans}
     # More layers than one, so that their weights come from memory and not from a cache.
-    layers = [torch.randn(fan_out, fan_in, device=device) for _ in range(LAYERS)]
-    pull = torch.randn(rows, fan_out, device=device)
+    weights = [torch.randn(fan_out, fan_in, device=device) for _ in range(LAYERS) for fan_in, fan_out in fans]
 
-    def work() -> object:
-        return [torch.autograd.grad(functional.linear(x, weight), x, pull) for weight in layers]
+    def work() -> None:
+        for weight in weights:
+            fan_out, fan_in = weight.shape
+            x = inputs[fan_in]
+            torch.autograd.grad(functional.linear(x, weight), x, pulls[fan_out])
 
-    return LAYERS * 4.0 * rows * fan_in * fan_out / _best(work, device, rounds)
+    return 4.0 * rows * sum(weight.numel() for weight in weights) / _best(work, device, rounds)
 
 
 def _stacked_rate(device: torch.device | str, rounds: int) -> float:
@@ -193,7 +221,9 @@ def contrastive_work(
 
 
 def causal_moved(shape: LLMShape, rows: int, length: int, before: int, element: int) -> float:
-    """Bytes moved within the LLM by forward and backward of some rows, products left out; its weights are read twice.
+    """Bytes moved by forward and backward of some rows through a frozen Llama-like LLM, products left out.
+
+    Operation by operation as eager torch runs them; the weights are read twice.
 
     Args:
         shape: of the LLM.
@@ -202,8 +232,12 @@ def causal_moved(shape: LLMShape, rows: int, length: int, before: int, element: 
         before: tokens of the prefix.
         element: bytes of an entry.
     """
-    kept = layer_activations(shape, rows * length, before / max(length, 1), element, element) * shape.layers
-    return KEPT_PASSES * kept + 2 * shape.parameters * element
+    token = WIDTH_PASSES * shape.width + INNER_PASSES * shape.inner
+    token += ROTARY_PASSES * (shape.heads_width + shape.kv_width) + ATTENTION_PASSES * shape.heads_width
+    # Keys and values are written once for each group of heads that shares them, those of the prefix too.
+    shared = REPEAT_PASSES * (shape.heads_width + shape.kv_width)
+    entries = rows * (length * token + (length + before) * shared)
+    return float(element * (shape.layers * entries + 2 * shape.parameters))
 
 
 def transformer_moved(items: int, tokens: int, width: int, layers: int) -> float:

@@ -1,12 +1,15 @@
 """The cost model's laws, and memory formulae against what torch really keeps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
@@ -42,6 +45,36 @@ def test_activations_are_what_autograd_keeps(llama: LlamaForCausalLM, rows: int,
     real = kept(llama.model, rows, length)
     reckoned = SHAPE.layers * training.layer_activations(SHAPE, rows * length, 0.0, 4, 4)
     assert reckoned == pytest.approx(real, rel=0.2)
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes that every operation reads and writes; views and products left out."""
+
+    FREE = ("mm", "bmm", "_unsafe_view", "detach", "empty_like")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        if not view and func.overloadpacket.__name__ not in self.FREE:
+            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 24), (8, 48)])
+def test_bytes_moved_are_those_of_every_operation(llama: LlamaForCausalLM, rows: int, length: int) -> None:
+    """The last norm, which is not of a layer, is less than a tenth of three layers."""
+    x = torch.randn(rows, length, 64, requires_grad=True)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, -3:] = 0
+    with Moved() as moved:
+        llama.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+    weights = 2 * 4 * SHAPE.parameters
+    assert cost.causal_moved(SHAPE, rows, length, 0, 4) - weights == pytest.approx(moved.bytes, rel=0.2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -86,7 +119,7 @@ def test_work_of_a_contrastive_step_grows_with_what_it_is_made_of() -> None:
 def test_rates_of_this_machine_are_positive() -> None:
     rates = cost.measured_rates(rounds=1)
     assert min(rates.flops, rates.stacked) > 1e8 and min(rates.updates, rates.bytes) > 1e7 and rates.logits > 1e4
-    assert cost.frozen_rate(64, 96, 128, rounds=1) > 1e7
+    assert cost.frozen_rate(SHAPE, 64, rounds=1) > 1e7
 
 
 def test_a_frozen_layer_is_counted_forward_and_back_to_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,4 +133,5 @@ def test_a_frozen_layer_is_counted_forward_and_back_to_its_input(monkeypatch: py
 
     seen: list[int] = []
     monkeypatch.setattr(cost, "_best", one_second)
-    assert cost.frozen_rate(10, 24, 32) == seen[0] == cost.LAYERS * 4 * 10 * 24 * 32
+    one_layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+    assert cost.frozen_rate(SHAPE, 10) == seen[0] == cost.LAYERS * 4 * 10 * one_layer
