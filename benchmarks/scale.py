@@ -197,7 +197,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
     measure.fastest(planned.step, 0.0, "cpu")  # the first step is never the fastest
     peak = measure.peak("cpu") - before
     times, rates = list[float](), list[cost.Rates]()
-    while sum(times) < seconds or len(times) < LEAST_STEPS:
+    while not times or (seconds and (sum(times) < seconds or len(times) < LEAST_STEPS)):
         rates.append(rates_for(planned))
         times.append(measure.fastest(planned.step, 0.0, "cpu"))
     usual = cost.Rates(*map(median, zip(*map(astuple, rates), strict=True)))
