@@ -103,7 +103,7 @@ class Planned:
         step: takes it once.
         work: what it does.
         bytes: that it needs at its peak, beyond what was there before it was built; 0 where that is not predicted.
-        layers: the LLM and the tokens that pass together, if the plain products are those of its layers.
+        layers: the transformer and the tokens that pass together, if the plain products are those of its layers.
     """
 
     step: Callable[[], object]
@@ -180,7 +180,10 @@ def embedding(case: Case) -> Planned:
     # Eight blocks are read, and each has the class token, too.
     moved = cost.transformer_moved(case.batch, 1 + (card.tokens or 0), card.width, 8)
     one = measured_flops(lambda: tower.tokens(pixels[:1]))
-    return Planned(torch.inference_mode()(lambda: tower.tokens(pixels)), cost.Work(one * case.batch, bytes=moved), 0.0)
+    width, rows = card.width, case.batch * (1 + (card.tokens or 0))
+    block = LLMShape(8, width, 4 * width, width, width, vocabulary=0, parameters=0, embeddings=0)
+    step = torch.inference_mode()(lambda: tower.tokens(pixels))
+    return Planned(step, cost.Work(one * case.batch, bytes=moved), 0.0, (block, rows))
 
 
 BUILD = {"contrastive": contrastive, "causal": causal, "embedding": embedding}
