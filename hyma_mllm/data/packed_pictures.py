@@ -113,13 +113,13 @@ def parquet_rows(
 
 def _cells(opened: pq.ParquetFile, group: int, leaf: str) -> Iterator[list[dict[str, Any]]]:
     """Batches of rows as column -> cell, without bytes of pictures; `_PRESENT` says where some are missing."""
-    names: list[str] = [opened.schema.column(number).path for number in range(len(opened.schema))]
-    others = [name for name in names if name != leaf]
-    if not leaf or _none_lacks(opened, group, leaf):
+    others = [name for name in _paths(opened) if name != leaf]
+    said = _said_of(opened, group, leaf) if leaf else None
+    if said is None or _none_lacks(said):
         for batch in opened.iter_batches(CELL_ROWS, row_groups=[group], columns=others):
             yield batch.to_pylist() if others else [{} for _ in range(batch.num_rows)]
         return
-    rows = min(CELL_ROWS, _window_rows(opened, group, leaf))
+    rows = min(CELL_ROWS, _window_rows(opened, group, said))
     places = opened.iter_batches(rows, row_groups=[group], columns=[leaf])
     for batch, held in zip(opened.iter_batches(rows, row_groups=[group], columns=others), places, strict=True):
         found = [bool(size) for size in _sizes(held.column(0))]
@@ -127,13 +127,18 @@ def _cells(opened: pq.ParquetFile, group: int, leaf: str) -> Iterator[list[dict[
         yield [cells | {_PRESENT: there} for cells, there in zip(rows_of_batch, found, strict=True)]
 
 
-def _none_lacks(opened: pq.ParquetFile, group: int, leaf: str) -> bool:
+def _paths(opened: pq.ParquetFile) -> list[str]:
+    """The paths of all columns, those inside structs each on its own."""
+    return [opened.schema.column(number).path for number in range(len(opened.schema))]
+
+
+def _none_lacks(said: pq.ColumnChunkMetaData) -> bool:
     """Whether the file says that no row of a group lacks this column."""
-    statistics = _said_of(opened, group, leaf).statistics
+    statistics = said.statistics
     return statistics is not None and statistics.has_null_count and statistics.null_count == 0
 
 
-def _said_of(opened: pq.ParquetFile, group: int, leaf: str) -> Any:
+def _said_of(opened: pq.ParquetFile, group: int, leaf: str) -> pq.ColumnChunkMetaData:
     """What the file says of a column of a row group.
 
     Raises:
@@ -141,7 +146,7 @@ def _said_of(opened: pq.ParquetFile, group: int, leaf: str) -> Any:
     """
     # Asked for damaged metadata, pyarrow 26 ends the process; a reader of the column raises instead.
     next(opened.iter_batches(1, row_groups=[group], columns=[leaf]), None)
-    number = [opened.schema.column(number).path for number in range(len(opened.schema))].index(leaf)
+    number = _paths(opened).index(leaf)
     said, wanted = opened.metadata.row_group(group).column(number), opened.schema.column(number).physical_type
     if said.physical_type != wanted:  # pyarrow 26 ends the process when it is asked for the statistics of such a one
         raise OSError(f"row group {group} says that {leaf} is of type {said.physical_type}, and the schema {wanted}")
@@ -164,7 +169,7 @@ class _RowGroup:
         self._column = column
         leaf = _bytes_leaf(self._file, column) or column
         self._leaf = leaf
-        self._rows = _window_rows(self._file, group, leaf)
+        self._rows = _window_rows(self._file, group, _said_of(self._file, group, leaf))
         self._begin()
 
     def cell(self, row: int) -> Any:
@@ -210,7 +215,7 @@ def _bytes_leaf(opened: pq.ParquetFile, column: str) -> str:
     return column if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
 
 
-def _window_rows(opened: pq.ParquetFile, group: int, leaf: str) -> int:
+def _window_rows(opened: pq.ParquetFile, group: int, said: pq.ColumnChunkMetaData) -> int:
     """Rows whose pictures take `WINDOW_BYTES` together, by their mean size."""
-    rows, held = opened.metadata.row_group(group).num_rows, _said_of(opened, group, leaf).total_uncompressed_size
+    rows, held = opened.metadata.row_group(group).num_rows, said.total_uncompressed_size
     return max(WINDOW_ROWS, WINDOW_BYTES * int(rows) // max(1, int(held)))
