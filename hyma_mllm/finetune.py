@@ -4,7 +4,6 @@ LoRA (arXiv 2106.09685, section 4.1) or, over a 4-bit LLM, QLoRA (arXiv 2305.143
 projector as in LLaVA-1.5's LoRA recipe (arXiv 2310.03744). The vision tower stays frozen and in eval mode.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hyma_mllm.data.manifest import hash_file
 from hyma_mllm.data.pictures import open_picture
 from hyma_mllm.data.prompts import IGNORE, Encoded, Prompter, Turn, collate
 from hyma_mllm.data.questions import open_questions
@@ -322,7 +322,7 @@ def _forward_and_back(model: Any, batch: dict[str, Tensor], accelerator: Acceler
 
 def inputs(config: FinetuneConfig, about: MLLMConfig, source: Source, rows: int) -> dict[str, str]:
     """What is read -> a fingerprint of it: the data and which of its rows, and the exported model by its card."""
-    card = hashlib.sha256((config.model / FILE_NAME).read_bytes()).hexdigest()
+    card = hash_file(config.model / FILE_NAME)
     return {source.name: f"{source.fingerprint[:16]}-{rows}", about.model_id: card[:16]}
 
 

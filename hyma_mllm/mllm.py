@@ -313,9 +313,8 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
         tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0, [pair.text for pair in grid.pairs()]
     )
     share = 1.0 if search.sampler == "fair" else 1 / sampler.visits_per_round
-    hyma = (
-        search.steps * share * (loss + flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid))))
-    )
+    own = flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid)))
+    hyma = search.steps * share * (loss + own)
     seen_rows = search.steps * share * search.batch
     epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
     say(

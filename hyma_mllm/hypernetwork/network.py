@@ -16,6 +16,7 @@ from hyma_mllm.hypernetwork.conditions import build_condition, unit_rms
 from hyma_mllm.hypernetwork.heads import ChunkedHead, DenseHead, LowRankHead
 from hyma_mllm.hypernetwork.initialise import normal
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
+from hyma_mllm.hypernetwork.sizes import all_weights
 from hyma_mllm.hypernetwork.trunk import Trunk
 from hyma_mllm.pairs import PairGrid
 
@@ -143,8 +144,7 @@ def describe(network: Hypernetwork) -> dict[str, float]:
         `hypernetwork_parameters`; `connector_parameters`, summed over all pairs of the grid; `ratio` of the two.
     """
     own = sum(parameter.numel() for parameter in network.parameters())
-    grid = network.grid
-    connectors = sum(network.spec.parameters(*grid.shape(index)) for index in range(len(grid)))
+    connectors = all_weights(network.grid, network.spec)
     return {"hypernetwork_parameters": own, "connector_parameters": connectors, "ratio": own / connectors}
 
 
