@@ -8,5 +8,5 @@ import pytest
 for folder in ("data", "search", "stitched", "end_to_end"):
     sys.path.insert(0, str(Path(__file__).with_name(folder)))
 
-# Its assertions show their values, as those of the tests do.
-pytest.register_assert_rewrite("tiny_prompts")
+# Their assertions show their values, as those of the tests do.
+pytest.register_assert_rewrite("tiny_prompts", "finetune_run")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_mllm as tiny
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
@@ -73,3 +74,12 @@ def result(out: Path) -> dict[str, Tensor]:
 def names(folder: Path) -> set[str]:
     """Files and directories, by their paths."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """Log, tensors and files of a run that was torn are those of one that was not."""
+    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    found, wanted = result(out), result(whole)
+    assert found.keys() == wanted.keys()
+    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
+    assert names(out) == names(whole)

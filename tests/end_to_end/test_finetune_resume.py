@@ -78,18 +78,10 @@ def out(torn: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
-    found, wanted = runs.result(out), runs.result(whole)
-    assert found.keys() == wanted.keys()
-    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
-    assert runs.names(out) == runs.names(whole)
-
-
 def test_a_crashed_run_goes_on_bit_for_bit(command, whole, out, capsys):
     assert runs.call(*command(out)) == 0
     assert f"Going on from step 4 of {STEPS}." in capsys.readouterr().out
-    assert_same(out, whole)
+    runs.assert_same(out, whole)
 
 
 def test_a_signal_saves_the_step_at_which_it_came(command, whole, tmp_path, capsys):
@@ -105,7 +97,7 @@ def test_a_signal_saves_the_step_at_which_it_came(command, whole, tmp_path, caps
     assert f"Stopped by SIGTERM at step 1 of {STEPS}; the state is saved, run the same" in capsys.readouterr().err
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
     assert runs.call(*command(out)) == 0
-    assert_same(out, whole)
+    runs.assert_same(out, whole)
 
 
 def test_another_configuration_other_data_and_a_live_run_are_refused(command, out, monkeypatch, capsys):

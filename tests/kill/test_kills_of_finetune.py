@@ -12,7 +12,6 @@ from typing import Any
 
 import finetune_run as runs
 import pytest
-import torch
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -72,14 +71,6 @@ def steps(out: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def assert_same(out: Path, peace: Path) -> None:
-    assert (out / "log.jsonl").read_bytes() == (peace / "log.jsonl").read_bytes()
-    found, wanted = runs.result(out), runs.result(peace)
-    assert found.keys() == wanted.keys()
-    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
-    assert runs.names(out) == runs.names(peace)
-
-
 def test_kills_while_it_trains_and_exports(command: Command, tmp_path: Path) -> None:
     peace, out, output = tmp_path / "peace", tmp_path / "torn", tmp_path / "output.txt"
     finish(command(peace), output)
@@ -95,7 +86,7 @@ def test_kills_while_it_trains_and_exports(command: Command, tmp_path: Path) -> 
         strike(command(out), output, moment)
         assert not (out / "merged").exists()
     finish(command(out), output)
-    assert_same(out, peace)
+    runs.assert_same(out, peace)
 
 
 @pytest.mark.distributed
@@ -110,4 +101,4 @@ def test_kills_of_two_processes(command: Command, tmp_path: Path) -> None:
     assert alone.wait(PATIENCE) == 2
     assert "(processes was 2 and is 1)" in (tmp_path / "alone.txt").read_text()
     finish(command(out), output, 2)
-    assert_same(out, peace)
+    runs.assert_same(out, peace)
