@@ -43,6 +43,7 @@ CONTESTANTS = (
     Contestant("constrained grid", "constrained-grid"),
     Contestant("ridge", "ridge", trains=False),
     Contestant("whitened", "whitened", trains=False),
+    Contestant("consensus", "consensus", trains=False),
 )
 SHOWN = (("mean", "mean over all pairs, R@10"), ("handed_over", "the pair handed over, R@10"))
 

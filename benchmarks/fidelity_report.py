@@ -41,7 +41,7 @@ def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
         runs = [run for run in result["runs"] if run["connector"] == connector]
-        closed = [run for run in runs if run["label"] in ("ridge", "whitened", "words")]
+        closed = [run for run in runs if run["label"] in ("ridge", "whitened", "consensus", "words")]
         for label, share in dict.fromkeys((run["label"], run["share"]) for run in runs):
             same = [run for run in runs if (run["label"], run["share"]) == (label, share)]
             found.append(_line(label, share, same, oracle, true, closed))

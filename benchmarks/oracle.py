@@ -33,7 +33,7 @@ class Candidate:
 
     lr: float
     weight_decay: float = 0.01
-    warm_start: Literal["none", "ridge", "whitened", "words"] = "none"
+    warm_start: Literal["none", "ridge", "whitened", "consensus", "words"] = "none"
     scale: float | None = None
     steps: float = 1.0
 
@@ -52,8 +52,11 @@ VLM_CANDIDATES = (
     Candidate(1e-3, warm_start="whitened", steps=0.5),
     Candidate(1e-3, 0.5, warm_start="whitened"),
     Candidate(1e-3, warm_start="whitened", scale=15.0),
+    Candidate(3e-4, warm_start="consensus", steps=0.1),
+    Candidate(1e-3, warm_start="consensus", steps=0.5),
+    Candidate(1e-3, 0.5, warm_start="consensus"),
 )
-QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[4])
+QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[4], VLM_CANDIDATES[7])
 MLLM_CANDIDATES = (
     Candidate(1e-2),
     Candidate(1.5e-2, warm_start="words"),

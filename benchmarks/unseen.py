@@ -39,7 +39,7 @@ from hyma_mllm.hypernetwork.newcomer import Adapted, Newcomer, Side, adopt
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig, parts
 from hyma_mllm.paths import write_text
 from hyma_mllm.search.bank import ConnectorBank
-from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig
+from hyma_mllm.search.closed_form import STRENGTHS, ClosedForm
 from hyma_mllm.search.method import all_states, own_flops
 from hyma_mllm.search.task import VLMTask, captions_of
 from hyma_mllm.search.unseen import Bridge, before, behind, fit_bridge
@@ -82,7 +82,7 @@ ADAPTATION = {
 }
 """What is adapted (a guessed code with deltas, deltas over a bridge) -> samples -> how; more samples as the most."""
 
-DEFAULT = ClosedFormConfig().strength
+DEFAULT = STRENGTHS["whitened"]
 """Of the package's closed forms: a whitened rival has it, beside the one whose strength its samples choose."""
 
 BRIDGED = "hypernetwork's connectors over a bridge"

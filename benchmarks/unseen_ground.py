@@ -144,7 +144,7 @@ def ground_of(make: Callable[..., Search]) -> Ground:
     likeness: dict[Side, Tensor] = {"vision": within("cka", seen.vision)[0], "text": within("cka", seen.text)[0]}
     means: dict[Side, Sequence[Tensor]] = {"vision": search.vision_means, "text": search.text_means}
     ground = Ground(make, task, means, likeness, [])
-    ground.starts, _ = form(ground, "whitened", 0, 0, search.config.closed_form.strength)
+    ground.starts, _ = form(ground, "whitened", 0, 0, search.config.closed_form.strength_of("whitened"))
     return ground
 
 

@@ -11,6 +11,8 @@ M = cov(t, v), and each inverse regularised by `strength` times the mean eigenva
   make (W t + b) . v the bilinear score (t - mean(t))^T W^T (v - mean(v)) up to a constant per caption: this bias ranks
   the pictures of a caption exactly by it. A mean(v) of its own in the bias would only blur that order.
 
+- `consensus`: what all models of the search say together; see `consensus`. Its bias is that of `whitened`.
+
 Directions alone matter to a loss and a score that normalise, so every connector is scaled to give training rows of
 unit RMS norm: mean |W t + b|^2 = 1. What is to be trained on from there goes through `training_start`.
 """
@@ -25,16 +27,20 @@ from torch import Tensor
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.search import flops
+from hyma_mllm.search.consensus import consensus_parts, consensus_weight
 from hyma_mllm.search.linear_start import as_connector as as_connector
 from hyma_mllm.search.linear_start import training_start as training_start
-from hyma_mllm.search.moments import ModelMoments, training_moments
+from hyma_mllm.search.moments import ModelMoments, solved, training_moments
 from hyma_mllm.search.task import VLMTask
 
-ClosedForm = Literal["ridge", "whitened"]
+ClosedForm = Literal["ridge", "whitened", "consensus"]
 """Of image and text encoders, computed here."""
 
-Start = Literal["ridge", "whitened", "words"]
+Start = Literal["ridge", "whitened", "consensus", "words"]
 """All closed forms: `words` is that of vision towers and LLMs, in `word_start`."""
+
+STRENGTHS: dict[Start, float] = {"ridge": 3.0, "whitened": 3.0, "consensus": 1.0, "words": 1.0}
+"""What suits each."""
 
 LEAST_STRENGTH = 1e-6
 """Below it a rank-deficient covariance has no reliable Cholesky factor, even in float64."""
@@ -45,25 +51,31 @@ class ClosedFormConfig:
     """Which closed form.
 
     Attributes:
-        kind: `ridge` (least squares from text to image) or `whitened` (both sides whitened) between encoders, `words`
-            (pictures onto the words of their answers) from vision towers into LLMs.
-        strength: regularisation, in mean eigenvalues of the covariance that is inverted; at least 1e-6.
+        kind: `consensus` (what all models share), `whitened` (both sides of a pair whitened) or `ridge` (least squares
+            from text to image) between encoders, `words` (pictures onto the words of their answers) from vision towers
+            into LLMs.
+        strength: regularisation, in mean eigenvalues of the covariance that is inverted (for `consensus` times width
+            over pictures); at least 1e-6. Null takes what suits each closed form: 1, 3, 3 and 1.
 
     Raises:
         HymaError: for a value that names no closed form.
     """
 
-    kind: Start = "whitened"
-    strength: float = 3.0
+    kind: Start = "consensus"
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         known = get_args(Start)
         if self.kind not in known:
             raise HymaError(f"The closed form {self.kind!r} is unknown; {near_names(str(self.kind), known)}.")
-        if not LEAST_STRENGTH <= self.strength < math.inf:
+        if self.strength is not None and not LEAST_STRENGTH <= self.strength < math.inf:
             raise HymaError(
                 f"The closed form's strength is {self.strength}; write a number of at least {LEAST_STRENGTH:g}, say 3."
             )
+
+    def strength_of(self, kind: Start) -> float:
+        """The regularisation of a closed form, of this kind or of another that a method asks for."""
+        return STRENGTHS[kind] if self.strength is None else self.strength
 
 
 @dataclass
@@ -82,9 +94,8 @@ class ClosedForms:
 def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] | None = None) -> ClosedForms:
     """The linear connectors of these pairs, from the training rows alone.
 
-    Each model's covariance and factor are taken once and shared by its pairs; a pair adds one cross covariance and one
-    or two solves. All in float64. The result is always finite: a pair with a constant model, of which nothing can be
-    learnt, maps every text to one point of unit length.
+    Each model's covariance and factor are taken once and shared by its pairs. All in float64. The result is always
+    finite: a pair with a constant model, of which nothing can be learnt, maps every text to one point of unit length.
 
     Args:
         task: features and splits.
@@ -97,51 +108,44 @@ def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] |
     if config.kind == "words":
         raise ValueError("words is the closed form of an MLLM search; word_start computes it")
     wanted = list(range(len(task.grid))) if pairs is None else [int(index) for index in pairs]
-    whitened = config.kind == "whitened"
+    build = _from_consensus if config.kind == "consensus" else _pair_by_pair
+    return build(task, config.kind, config.strength_of(config.kind), wanted)
+
+
+def _pair_by_pair(task: VLMTask, kind: Start, strength: float, wanted: Sequence[int]) -> ClosedForms:
+    """`ridge` and `whitened`."""
+    whitened = kind == "whitened"
     found = training_moments(task, wanted, image_covariances=whitened)
-    text_factors = {t: _factor(moments, config.strength) for t, moments in found.texts.items()}
-    image_factors = {v: _factor(moments, config.strength) for v, moments in found.images.items()} if whitened else {}
+    text_factors = {t: moments.factor(strength) for t, moments in found.texts.items()}
+    image_factors = {v: moments.factor(strength) for v, moments in found.images.items()} if whitened else {}
 
     states = []
     for index in wanted:
         pair = task.grid.pair(index)
         text, image = found.texts[pair.text], found.images[pair.vision]
         target = found.cross[index].T
-        target = _solved(target, image_factors[pair.vision]) if whitened else target
-        weight = _solved(target.T, text_factors[pair.text]).T
+        target = solved(target, image_factors[pair.vision]) if whitened else target
+        weight = solved(target.T, text_factors[pair.text]).T
         bias = -weight @ text.mean if whitened else image.mean - weight @ text.mean
         # W (C + lam) = target, so the trace of W C W^T needs no further product.
-        varying = (weight * target).sum() - _ridge(text, config.strength) * weight.square().sum()
+        varying = (weight * target).sum() - text.ridge(strength) * weight.square().sum()
         states.append(_unit_rms(weight, bias, varying, text, image.mean))
-    touched = [task.grid.pair(index) for index in dict.fromkeys(wanted)]
-    bill = flops.closed_form_flops(
-        rows=(found.captions, found.pictures),
-        text_widths=[task.grid.text_widths[t] for t in found.texts],
-        image_widths=[task.grid.vision_widths[v] for v in found.images],
-        shapes=[task.grid.shape(pair.index) for pair in touched],
-        whitened=whitened,
-    )
+    bill = flops.closed_form_flops((found.captions, len(found.rows)), task.grid, wanted, whitened)
     return ClosedForms(states, bill)
 
 
-def _ridge(moments: ModelMoments, strength: float) -> Tensor:
-    """`strength` mean eigenvalues of the covariance."""
-    return strength * moments.covariance.diagonal().mean()
-
-
-def _factor(moments: ModelMoments, strength: float) -> Tensor | None:
-    """Cholesky factor of C + ridge * I; None for a model that does not vary."""
-    if moments.constant:
-        return None
-    lifted = moments.covariance.clone()
-    lifted.diagonal().add_(_ridge(moments, strength))
-    factor: Tensor = torch.linalg.cholesky(lifted)
-    return factor
-
-
-def _solved(right: Tensor, factor: Tensor | None) -> Tensor:
-    """(C + ridge * I)^-1 `right`; zero for a model that does not vary."""
-    return torch.zeros_like(right) if factor is None else torch.cholesky_solve(right, factor)
+def _from_consensus(task: VLMTask, kind: Start, strength: float, wanted: Sequence[int]) -> ClosedForms:
+    """`consensus`, of the models that these pairs touch."""
+    found = training_moments(task, wanted, image_covariances=True, crosses=False)
+    parts = consensus_parts(task, found, strength)
+    states = []
+    for index in wanted:
+        pair = task.grid.pair(index)
+        text, image = found.texts[pair.text], found.images[pair.vision]
+        weight, varying = consensus_weight(parts.images[pair.vision], parts.texts[pair.text])
+        states.append(_unit_rms(weight, -weight @ text.mean, varying, text, image.mean))
+    bill = flops.consensus_flops((found.captions, len(found.rows)), task.grid, wanted, parts.axes, parts.rank)
+    return ClosedForms(states, bill)
 
 
 def _unit_rms(

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.search.budget import Budget
-from hyma_mllm.search.closed_form import ClosedFormConfig, Start
+from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, Start
 from hyma_mllm.search.guard import GuardConfig
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.placement import Parallel
@@ -23,6 +23,7 @@ Method = Literal[
     "mordal",
     "ridge",
     "whitened",
+    "consensus",
     "words",
     "cka",
     "mutual-knn",
@@ -40,7 +41,7 @@ CLOSED_FORMS: tuple[Start, ...] = get_args(Start)
 TRAINING_FREE = (*get_args(Measure), "unimodal")
 """Methods that rank the pairs without any connector."""
 
-FEATURES_NEEDED = ("mordal", "ridge", "whitened", *TRAINING_FREE)
+FEATURES_NEEDED = ("mordal", *get_args(ClosedForm), *TRAINING_FREE)
 """Methods that read stored features of both sides, which only the contrastive search has."""
 
 
@@ -141,9 +142,9 @@ class SearchConfig:
         optimiser: of the hypernetwork.
         rival_optimiser: of the independent connectors.
         warm_start: what the rivals' connectors start from: `none` (at random), or a closed form, which is on their
-            bill: `ridge` or `whitened` between encoders, `words` into LLMs.
-        closed_form: of the hypernetwork's base `closed_form`; its strength is that of the methods `ridge`, `whitened`
-            and `words` and of `warm_start` too.
+            bill: `consensus`, `whitened` or `ridge` between encoders, `words` into LLMs.
+        closed_form: of the hypernetwork's base `closed_form`; a strength that is given is also that of `warm_start` and
+            of the methods that are closed forms.
         blend: shares of the way from a closed form to what HYMA trained from it; each pair takes the one with the best
             validation score. `[1]` takes what was trained. Of no account where HYMA starts from no closed form.
         halving: of the method `halving`.
@@ -172,7 +173,7 @@ class SearchConfig:
     sampler: PairSampling = "fair"
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
     rival_optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(lr=3e-3))
-    warm_start: Literal["none", "ridge", "whitened", "words"] = "none"
+    warm_start: Literal["none", "ridge", "whitened", "consensus", "words"] = "none"
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
     blend: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
     halving: HalvingConfig = field(default_factory=HalvingConfig)
@@ -267,12 +268,12 @@ class SearchConfig:
         """
         if "words" in self.methods:
             raise HymaError(
-                "search.methods lists words, which joins vision towers to LLMs; take ridge or whitened, or search with "
+                "search.methods lists words, which joins vision towers to LLMs; take consensus, or search with "
                 "recipes/mllm.py."
             )
         for key, given in self._starts(hypernetwork_base):
             if given == "words":
-                raise HymaError(f"{key} is words, which joins vision towers to LLMs; set it to ridge or whitened.")
+                raise HymaError(f"{key} is words, which joins vision towers to LLMs; set it to consensus or whitened.")
 
     def _starts(self, hypernetwork_base: str | None) -> list[tuple[str, str]]:
         """Keys that name a closed form that would be used, with what they say."""

@@ -84,32 +84,93 @@ def hypernetwork_step_flops(
     return matmul_flops(_hypernetwork_matmuls(grid, spec, config, pairs))
 
 
-def closed_form_flops(
-    rows: tuple[int, int],
-    text_widths: Iterable[int],
-    image_widths: Iterable[int],
-    shapes: Iterable[tuple[int, int]],
-    whitened: bool,
-) -> float:
+def upper_blocks(width: int, size: int = 256) -> list[tuple[int, int]]:
+    """First and last row of the blocks in which the upper part of a symmetric product [width, width] is computed."""
+    return [(first, min(first + size, width)) for first in range(0, width, size)]
+
+
+def symmetric_flops(rows: int, width: int) -> float:
+    """X^T X for X [rows, width], of which the blocks below the diagonal are left out."""
+    return float(sum(2 * rows * (last - first) * (width - first) for first, last in upper_blocks(width)))
+
+
+def closed_form_flops(rows: tuple[int, int], grid: PairGrid, pairs: Sequence[int], whitened: bool) -> float:
     """Linear connectors from covariances (METHOD 9).
 
-    A model of width d: 2nd² for its covariance over n rows, d³/3 for its Cholesky factor. A pair: 2ndk for its cross
+    A model of width d: the upper half of its covariance, and d³/3 for its Cholesky factor. A pair: 2ndk for its cross
     covariance over n pictures, and 2d²k for every solve with a factor of width d.
 
     Args:
         rows: captions and pictures of the training split.
-        text_widths: of the text models, each counted once.
-        image_widths: of the image models, each counted once.
-        shapes: (d_text, d_image) of every pair.
+        grid: all pairs.
+        pairs: those that are computed; each counts once.
         whitened: whether the image side has a covariance and a solve, too.
     """
     captions, pictures = rows
-    total = sum(2 * captions * width**2 + width**3 / 3 for width in text_widths)
+    images, texts = _touched(grid, pairs)
+    total = sum(symmetric_flops(captions, width) + width**3 / 3 for width in texts)
     if whitened:
-        total += sum(2 * pictures * width**2 + width**3 / 3 for width in image_widths)
-    for text, image in shapes:
+        total += sum(symmetric_flops(pictures, width) + width**3 / 3 for width in images)
+    for text, image in map(grid.shape, dict.fromkeys(pairs)):
         total += 2 * pictures * text * image + 2 * text**2 * image + (2 * image**2 * text if whitened else 0)
     return float(total)
+
+
+def consensus_flops(
+    rows: tuple[int, int], grid: PairGrid, pairs: Sequence[int], axes: Sequence[int], rank: int
+) -> float:
+    """Linear connectors by way of a consensus of all models.
+
+    A model of width d over n rows: its covariance, Cholesky factor and leading axes (`axes_flops`), 2ndq to lay its
+    rows along q axes, 2ndr to join them to the r components, and 2d²r and 4dr² to solve and to measure. Once: the
+    covariance of all axes together, its eigenvectors (9q³), and 2nqr for the components. A pair: 2dkr.
+
+    Args:
+        rows: captions and pictures of the training split.
+        grid: all pairs.
+        pairs: those that are computed; each counts once.
+        axes: of each model that they touch, image models first.
+        rank: components.
+    """
+    captions, pictures = rows
+    images, texts = _touched(grid, pairs)
+    total = sum(symmetric_flops(pictures, width) for width in images)
+    total += sum(symmetric_flops(captions, width) for width in texts)
+    for width, count in zip((*images, *texts), axes, strict=True):
+        total += width**3 / 3 + axes_flops(width, count) + 2 * (2 * pictures * width * count)
+        total += 2 * pictures * width * rank + 2 * width**2 * rank + 4 * width * rank**2
+    total += symmetric_flops(pictures, sum(axes)) + 9 * sum(axes) ** 3 + 2 * pictures * sum(axes) * rank
+    for text, image in map(grid.shape, dict.fromkeys(pairs)):
+        total += 2 * text * image * rank
+    return float(total)
+
+
+SPARE_AXES = 16
+"""Directions that a subspace iteration carries beside those that are wanted (Halko et al., arXiv 0909.4061)."""
+
+AXES_PASSES = 3
+"""Products with the covariance before its leading axes are read off."""
+
+
+def axes_flops(width: int, count: int) -> float:
+    """The leading axes of a covariance: 9d³ where all are wanted, else a subspace iteration.
+
+    Each of its passes is 2d²w for w directions and a QR factorisation with its Q (4dw² - 4w³/3); at the end 2d²w + 2dw²
+    for the small matrix, 9w³ for its eigenvectors and 2dwq to turn to them.
+    """
+    if count + SPARE_AXES >= width:
+        return 9.0 * width**3
+    w = count + SPARE_AXES
+    passes = AXES_PASSES * (2 * width**2 * w + 4 * width * w**2 - 4 * w**3 / 3)
+    return passes + 2 * width**2 * w + 2 * width * w**2 + 9 * w**3 + 2 * width * w * count
+
+
+def _touched(grid: PairGrid, pairs: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Widths of the image and of the text models that these pairs touch, each once, in the order of the pairs."""
+    wanted = [grid.pair(index) for index in dict.fromkeys(pairs)]
+    images = [grid.vision_widths[v] for v in dict.fromkeys(pair.vision for pair in wanted)]
+    texts = [grid.text_widths[t] for t in dict.fromkeys(pair.text for pair in wanted)]
+    return images, texts
 
 
 def as_connector_flops(spec: ConnectorSpec, shape: tuple[int, int]) -> float:

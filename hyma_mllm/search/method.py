@@ -17,7 +17,7 @@ from hyma_mllm.search import flops
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.budget import Budget, period, steps_within
 from hyma_mllm.search.closed_form import Start
-from hyma_mllm.search.config import Method, SearchConfig
+from hyma_mllm.search.config import CLOSED_FORMS, Method, SearchConfig
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.ledger import Cost, Ledger, Meter
 from hyma_mllm.search.pair_loss import ConnectorSource, PairLoss, SearchTask
@@ -92,7 +92,7 @@ class Setting:
         if method == "hyma":
             if parts(self.hypernetwork, spec.depth).base != "closed_form":
                 return None
-        elif method in ("ridge", "whitened", "words"):
+        elif method in CLOSED_FORMS:
             kind = method
         elif config.warm_start == "none":
             return None
@@ -100,7 +100,9 @@ class Setting:
             kind = config.warm_start
         key = (kind, spec.name)
         if key not in self._starts:
-            self._starts[key] = closed_starts(self.task, spec, kind, config.closed_form.strength, self.accelerator)
+            self._starts[key] = closed_starts(
+                self.task, spec, kind, config.closed_form.strength_of(kind), self.accelerator
+            )
         return self._starts[key]
 
     def paid(self, method: Method, spec: ConnectorSpec) -> Cost:

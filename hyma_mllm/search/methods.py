@@ -28,6 +28,7 @@ METHODS: dict[Method, SearchMethod] = {
     "mordal": mordal,
     "ridge": partial(closed_form, "ridge"),
     "whitened": partial(closed_form, "whitened"),
+    "consensus": partial(closed_form, "consensus"),
     "words": partial(closed_form, "words"),
     "cka": partial(similarity, "cka"),
     "mutual-knn": partial(similarity, "mutual-knn"),

@@ -4,13 +4,14 @@ Every picture counts once: a picture with n captions gives each of them the weig
 about a pilot mean (that of the first chunk), which keeps a large common offset of the rows from drowning what varies.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hyma_mllm.errors import HymaError
+from hyma_mllm.search.flops import upper_blocks
 from hyma_mllm.search.task import VLMTask, captions_of
 
 CHUNK_PICTURES = 1024
@@ -37,6 +38,24 @@ class ModelMoments:
         """Whether the rows are all the same, as far as float32 can tell; needs the covariance."""
         return bool(self.covariance.trace() <= CONSTANT * self.mean.square().sum())
 
+    def ridge(self, strength: float) -> Tensor:
+        """`strength` mean eigenvalues of the covariance."""
+        return strength * self.covariance.diagonal().mean()
+
+    def factor(self, strength: float) -> Tensor | None:
+        """Cholesky factor of C + ridge * I; None for a model that does not vary."""
+        if self.constant:
+            return None
+        lifted = self.covariance.clone()
+        lifted.diagonal().add_(self.ridge(strength))
+        factor: Tensor = torch.linalg.cholesky(lifted)
+        return factor
+
+
+def solved(right: Tensor, factor: Tensor | None) -> Tensor:
+    """(C + ridge * I)^-1 `right`; zero for a model that does not vary."""
+    return torch.zeros_like(right) if factor is None else torch.cholesky_solve(right, factor)
+
 
 @dataclass
 class Moments:
@@ -44,24 +63,26 @@ class Moments:
 
     Attributes:
         texts, images: per model number; the models that the pairs touch.
-        cross: per pair index, covariance [d_text, d_image] float64 of text and image features.
-        pictures, captions: rows that were read.
+        cross: per pair index, covariance [d_text, d_image] float64 of text and image features; where it was asked for.
+        rows: [pictures] int64 row numbers of the training pictures that have captions.
+        captions: that were read.
     """
 
     texts: dict[int, ModelMoments]
     images: dict[int, ModelMoments]
     cross: dict[int, Tensor]
-    pictures: int
+    rows: Tensor
     captions: int
 
 
-def training_moments(task: VLMTask, pairs: Sequence[int], image_covariances: bool) -> Moments:
+def training_moments(task: VLMTask, pairs: Sequence[int], image_covariances: bool, crosses: bool = True) -> Moments:
     """One pass over the training pictures and their captions; each model's rows are read once, whatever its pairs.
 
     Args:
         task: features, in memory or memory-mapped.
         pairs: indices in the grid.
         image_covariances: also take the covariance of every image model.
+        crosses: also take the covariance of every pair.
 
     Raises:
         HymaError: if no training picture has a caption, or a model's features are not finite.
@@ -81,20 +102,49 @@ def training_moments(task: VLMTask, pairs: Sequence[int], image_covariances: boo
         ones, shares = torch.ones(len(chunk), dtype=torch.float64), 1 / counts[chunk][owner].double()
         seen = {v: sums.add(task.images[v][chunk], ones) for v, sums in images.items()}
         said = {t: _per_picture(sums.add(task.texts[t][captions], shares), owner, chunk) for t, sums in texts.items()}
-        for pair in wanted:
+        for pair in wanted if crosses else ():
             product = said[pair.text].T @ seen[pair.vision]
             cross[pair.index] = cross[pair.index].add_(product) if pair.index in cross else product
     captions_read = int(counts[pictures].sum())
-    for pair in wanted:
+    for pair in wanted if crosses else ():
         shift = torch.outer(texts[pair.text].total, images[pair.vision].total) / len(pictures)
         cross[pair.index] = (cross[pair.index] - shift) / len(pictures)
     return Moments(
         {t: sums.moments(len(pictures), task.grid.text_ids[t]) for t, sums in texts.items()},
         {v: sums.moments(len(pictures), task.grid.vision_ids[v]) for v, sums in images.items()},
         cross,
-        len(pictures),
+        pictures,
         captions_read,
     )
+
+
+def centred_rows(task: VLMTask, found: Moments) -> Iterator[list[Tensor]]:
+    """The training rows again, less their means: of the image models, then the text models of `found`.
+
+    Yields:
+        Per chunk of training pictures, [pictures, width] float64 of each model; a text row is the mean of the
+        picture's captions.
+    """
+    counts = task.first_caption[1:] - task.first_caption[:-1]
+    for chunk in torch.split(found.rows, CHUNK_PICTURES):
+        captions, owner = captions_of(task.first_caption, chunk)
+        rows = [_wide(task.images[v][chunk]) - model.mean for v, model in found.images.items()]
+        for t, model in found.texts.items():
+            said = _wide(task.texts[t][captions]) - model.mean
+            shares = (1 / counts[chunk][owner].double()).to(said.device)
+            rows.append(_per_picture(said * shares[:, None], owner, chunk))
+        yield rows
+
+
+def add_upper(square: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right, which is symmetric, to the upper part of `square` [width, width]; `mirrored` fills the rest."""
+    for first, last in upper_blocks(len(square)):
+        square[first:last, first:] += left[:, first:last].T @ right[:, first:]
+
+
+def mirrored(square: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle is that of `square`."""
+    return square.triu() + square.triu(1).T
 
 
 class _Sums:
@@ -106,7 +156,7 @@ class _Sums:
 
     def add(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Count rows [n, width] with weights [n]; returns the rows less the pilot, times their weights, float64."""
-        wide = rows.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)  # mps has no float64
+        wide = _wide(rows)
         weights = weights.to(wide.device)[:, None]
         if not len(self.pilot):
             width = wide.shape[1]
@@ -117,17 +167,21 @@ class _Sums:
         weighted = wide * weights
         self.total += weighted.sum(0)
         if self.squares:
-            self.square += weighted.T @ wide
+            add_upper(self.square, weighted, wide)
         return weighted
 
     def moments(self, count: int, name: str) -> ModelMoments:
         """The moments, for a total weight of `count`."""
         shift = self.total / count
         mean = self.pilot + shift
-        covariance = self.square / count - torch.outer(shift, shift) if self.squares else self.square
+        covariance = mirrored(self.square) / count - torch.outer(shift, shift) if self.squares else self.square
         if not _finite((mean, covariance)):
             raise HymaError(f"The training features of {name} are not all finite; embed them again, or drop the model.")
         return ModelMoments(mean, covariance)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)  # mps has no float64
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -66,9 +66,7 @@ def closed_starts(
     with Meter(cost, accelerator.device):
         if kind == "words":
             if not isinstance(task, MLLMTask):
-                raise HymaError(
-                    "The closed form words joins vision towers to LLMs; take ridge or whitened for encoders."
-                )
+                raise HymaError("The closed form words joins vision towers to LLMs; take consensus for encoders.")
             words = word_starts(task, spec, strength)
             states, cost.flops, cost.samples_per_pair = words.states, words.flops, float(words.pictures)
         else:

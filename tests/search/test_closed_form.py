@@ -18,7 +18,7 @@ from hyma_mllm.errors import HymaError
 from hyma_mllm.search import moments
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, ClosedForms, closed_forms
-from hyma_mllm.search.flops import closed_form_flops
+from hyma_mllm.search.flops import closed_form_flops, consensus_flops
 from hyma_mllm.search.task import VLMTask
 
 LINEAR = ConnectorSpec(0)
@@ -189,7 +189,7 @@ def test_each_model_is_read_and_factored_once(task: VLMTask, kind: str, monkeypa
     monkeypatch.setattr(torch.linalg, "cholesky", counting)
     monkeypatch.setattr(moments._Sums, "add", reading)
     forms(task, kind)
-    assert sorted(factored) == sorted([20, 20, 12] + ([16, 24] if kind == "whitened" else []))
+    assert sorted(factored) == sorted([20, 20, 12] + ([16, 24] if kind != "ridge" else []))
     assert sorted(read) == sorted([20, 20, 12, 16, 24])
 
 
@@ -207,9 +207,14 @@ def test_products_are_billed_as_torch_counts_them(task: VLMTask, kind: str) -> N
         bill = forms(task, kind).flops
     texts, images = [20, 20, 12], [16, 24]
     shapes = [task.grid.shape(index) for index in range(6)]
-    assert bill == closed_form_flops(rows_of(task), texts, images, shapes, kind == "whitened")
-    unseen = float(sum(2 * t * t * i + (2 * i * i * t if kind == "whitened" else 0) for t, i in shapes))  # the solves
-    unseen += sum(width**3 / 3 for width in texts + (images if kind == "whitened" else []))
+    if kind == "consensus":  # its axes, being few, are all taken, by eigenvectors
+        axes, rank = [*images, *texts], sum([*images, *texts])
+        assert bill == consensus_flops(rows_of(task), task.grid, range(6), axes, rank)
+        unseen = float(sum(2 * d * d * rank + 9 * d**3 for d in axes) + 9 * rank**3)
+    else:
+        assert bill == closed_form_flops(rows_of(task), task.grid, range(6), kind == "whitened")
+        unseen = float(sum(2 * t * t * i + (2 * i * i * t if kind == "whitened" else 0) for t, i in shapes))
+    unseen += sum(width**3 / 3 for width in texts + (images if kind != "ridge" else []))
     assert counter.get_total_flops() == pytest.approx(bill - unseen, rel=1e-9)
 
 

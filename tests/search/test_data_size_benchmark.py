@@ -42,7 +42,7 @@ def test_every_size_is_run_once_and_the_curve_is_the_mean_over_seeds(data_size: 
     sizes = [data_size.run_size(limit, arguments) for limit in (40, 0)]
     assert [size["pictures"] for size in sizes] == [40, 70]
     for size in sizes:
-        assert len(size["runs"]) == 2 * (4 * 2 + 2)  # the closed forms have no seed
+        assert len(size["runs"]) == 2 * (4 * 2 + 3)  # the closed forms have no seed
         for seed in (0, 1):
             same = {run["label"]: run for run in size["runs"] if (run["connector"], run["seed"]) == ("linear", seed)}
             assert 0 < same["constrained grid"]["flops"] <= same["hyma"]["flops"]
@@ -52,11 +52,11 @@ def test_every_size_is_run_once_and_the_curve_is_the_mean_over_seeds(data_size: 
     assert [path.stat().st_mtime_ns for path in kept] == ages
 
     found = data_size.lines(sizes)
-    assert len(found) == 2 * 2 * 6
+    assert len(found) == 2 * 2 * 7
     line = next(x for x in found if (x["pictures"], x["connector"], x["label"]) == (40, "mlp1", "grid"))
     runs = [run for run in sizes[0]["runs"] if (run["connector"], run["label"]) == ("mlp1", "grid")]
     assert line["mean"] == interval([float(np.mean(run["test"])) for run in runs])
     best = [run["test"][run["validation"].index(max(run["validation"]))] for run in runs]
     assert line["handed_over"] == interval(best)
-    assert data_size.table(found).row_count == 12
+    assert data_size.table(found).row_count == 14
     assert data_size.picture(found, tmp_path / "x.png").stat().st_size > 5000

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def states(search: Search, kind: ClosedForm, connector: str) -> tuple[list[dict[
     return [training_start(state, spec) for state in found.states], found.flops + written
 
 
-@pytest.mark.parametrize("kind", ["ridge", "whitened"])
+@pytest.mark.parametrize("kind", get_args(ClosedForm))
 @pytest.mark.parametrize("connector", ["linear", "mlp1"])
 def test_a_closed_form_is_scored_as_it_is(search: Maker, kind: ClosedForm, connector: str) -> None:
     one = search(connectors=[connector], closed_form=ClosedFormConfig(strength=0.5))
@@ -98,7 +99,7 @@ def test_a_warm_start_begins_at_the_closed_form_and_pays_for_it(search: Maker, m
 def test_hyma_adds_to_the_closed_form_and_pays_for_it(search: Maker) -> None:
     one, plain = search(base="closed_form", connectors=["mlp1"]), search(base="factored", connectors=["mlp1"])
     spec = one.config.spec("mlp1")
-    wanted, flops = states(one, "whitened", "mlp1")
+    wanted, flops = states(one, "consensus", "mlp1")
     begun = all_states(one.network("hyma", spec, 0), 6)
     for k in range(6):
         for name, value in wanted[k].items():

@@ -141,7 +141,9 @@ def run_twice(search: Maker, method: Method, seeds: tuple[int, int]) -> list[Fou
     return [search(**changes).run_method(method, "mlp1", seed, bill) for seed in seeds]
 
 
-@pytest.mark.parametrize("method", ["hyma", "grid", "constrained-grid", "random", "halving", "mordal", "whitened"])
+@pytest.mark.parametrize(
+    "method", ["hyma", "grid", "constrained-grid", "random", "halving", "mordal", "whitened", "consensus"]
+)
 def test_the_same_seed_gives_the_same_ranking_twice(search: Maker, method: Method) -> None:
     one, other = run_twice(search, method, (0, 0))
     assert one.ranking == other.ranking
@@ -213,7 +215,7 @@ def test_every_name_has_a_method_and_every_method_a_name() -> None:
         ({"methods": ["hyma", "cka"]}, "factored", "search.methods lists cka"),
         ({"methods": ["whitened", "hyma"]}, "factored", "search.methods lists whitened"),
         ({"warm_start": "ridge"}, "shape", "search.warm_start is ridge"),
-        ({}, "closed_form", "search.closed_form.kind is whitened"),
+        ({}, "closed_form", "search.closed_form.kind is consensus"),
     ],
 )
 def test_what_an_mllm_search_cannot_do_is_refused(changes: dict[str, object], base: str, sentence: str) -> None:
