@@ -1,13 +1,13 @@
-"""Which searches collapse: a stress set of bad features, the published recipe (before) against our defaults (after).
+"""Which searches collapse: a stress set of bad features, the published recipe (before) against ours (after).
 
     python benchmarks/stability.py --out benchmarks/results/stability.json
 
 Matched features are drawn from a shared latent: one sound and one faulty image encoder, one sound and one faulty text
 encoder, so that a grid of four pairs holds every mix of a fault. A run collapses when the final R@10 (mean of both
 directions on a held-out gallery) of a pair is at most three times chance, or the run ends with an error; pairs of a
-constant encoder can only be at chance and are not judged. A step takes one pair, in both arms, and both arms take the
-same number of steps; large batches take fewer, as the table's head says. Every finished run is on disk at once, and the
-same command goes on where it was.
+constant encoder can only be at chance and are not judged. A third arm is ours without the closed form that our recipe
+starts from. A step takes one pair, and all arms take the same number of steps; large batches take fewer, as the table's
+head says. Every finished run is on disk at once, and the same command goes on where it was.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hyma_mllm import launch
 from hyma_mllm.data.sharded_rows import ShardedRows
 from hyma_mllm.data.splits import Split
 from hyma_mllm.data.standardise import StandardiseConfig
@@ -62,7 +63,9 @@ else:
 TIMES_CHANCE = 3.0
 """A score up to so many times chance is a collapse."""
 
-ArmName = Literal["before", "after"]
+ArmName = Literal["before", "no closed form", "after"]
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "vlm.yaml"
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Arm:
 
 
 def arms() -> dict[ArmName, Arm]:
-    """The published recipe (arXiv 2507.10015 and its authors' code: a constant rate, no clipping) and our defaults."""
-    ours = VLMConfig()
+    """The published recipe (arXiv 2507.10015 and its authors' code: a constant rate, no clipping) and our own."""
+    ours, recipe = VLMConfig(), launch.parse(VLMConfig, RECIPE, arguments=[])[0]
     published = OptimiserConfig(lr=1e-2, beta2=0.999, weight_decay=0.0, warmup=0.0, final=1.0, clip=1e9)
     return {
         "before": Arm(
@@ -96,16 +99,21 @@ def arms() -> dict[ArmName, Arm]:
             optimiser=published,
             guard=GuardConfig(rollbacks=0),
         ),
-        "after": Arm(
-            ours.hypernetwork,
-            ours.standardise,
-            unit_texts=False,
-            objective=ours.objective,
-            sampler="round",
-            optimiser=ours.search.optimiser,
-            guard=ours.search.guard,
-        ),
+        "no closed form": _ours(ours),
+        "after": _ours(recipe),
     }
+
+
+def _ours(config: VLMConfig) -> Arm:
+    return Arm(
+        config.hypernetwork,
+        config.standardise,
+        unit_texts=False,
+        objective=config.objective,
+        sampler="round",
+        optimiser=config.search.optimiser,
+        guard=config.search.guard,
+    )
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,10 @@ def sweep(cases: Sequence[Case], setting: Setting, out: Path, device: str) -> di
     table: dict[str, Any] = {"machine": measure.machine(device), "config": config, "runs": {}}
     if out.exists():
         table = json.loads(out.read_text(encoding="utf-8"))
+        ran = {key.split("|")[2] for key in table["runs"]}
+        table["config"]["arms"] = {
+            arm: table["config"]["arms"][arm] if arm in ran else now for arm, now in config["arms"].items()
+        }
         changed = [key for key in config if table["config"].get(key) != config[key]]
         if changed:
             raise HymaError(f"{out} holds runs with other {', '.join(changed)}; remove it, or set --out to a new file.")
@@ -312,7 +324,9 @@ def sweep(cases: Sequence[Case], setting: Setting, out: Path, device: str) -> di
 def shown(table: dict[str, Any], cases: Sequence[Case]) -> list[Table]:
     """Collapses of each fault and batch, scores of each fault and mix, and what the guard saw."""
     runs = {case: table["runs"][case.key] for case in cases}
-    faults, batches = (list(dict.fromkeys(getattr(case, name) for case in cases)) for name in ("fault", "batch"))
+    faults, batches, arms_shown = (
+        list(dict.fromkeys(getattr(case, name) for case in cases)) for name in ("fault", "batch", "arm")
+    )
 
     def of(arm: str, **wanted: object) -> list[dict[str, Any]]:
         keep = {"arm": arm, **wanted}
@@ -326,20 +340,21 @@ def shown(table: dict[str, Any], cases: Sequence[Case]) -> list[Table]:
         return f"{sum(scores) / len(scores):.1f}" if scores else "-"
 
     seeds = len({case.seed for case in cases})
-    steps = table["config"]["setting"]["steps"]
-    first = Table("fault", *(f"{b:,} x {steps[str(b)]} steps" for b in batches), title=f"collapsed runs of {seeds}")
-    second = Table("fault", *MIXES, title="mean final R@10, percent, over seeds and batches")
+    steps, ways = table["config"]["setting"]["steps"], " -> ".join(arms_shown)
+    first = Table(
+        "fault", *(f"{b:,} x {steps[str(b)]} steps" for b in batches), title=f"collapsed runs of {seeds}: {ways}"
+    )
+    second = Table("fault", *MIXES, title=f"mean final R@10, percent, over seeds and batches: {ways}")
     for fault in faults:
-        first.add_row(fault, *(f"{collapses('before', fault, b)} -> {collapses('after', fault, b)}" for b in batches))
-        cells = (f"{mean_score('before', fault, mix)} -> {mean_score('after', fault, mix)}" for mix in range(4))
-        second.add_row(fault, *cells)
-    for arm in get_args(ArmName):
+        first.add_row(fault, *(" -> ".join(collapses(arm, fault, b) for arm in arms_shown) for b in batches))
+        second.add_row(fault, *(" -> ".join(mean_score(arm, fault, mix) for arm in arms_shown) for mix in range(4)))
+    for arm in arms_shown:
         spreads = [max(run["scores"]) - min(run["scores"]) for run in of(arm, fault="duplicate") if run["scores"]]
         if spreads:
             copies = f"{arm}: the four pairs of copies spread over {sum(spreads) / len(spreads):.1f} points in a run"
             second.caption = f"{second.caption}; {copies}" if second.caption else copies
     third = Table("arm", "runs", "collapsed", "non-finite losses", "skipped", "escaped", "errors", "minutes")
-    for arm in get_args(ArmName):
+    for arm in arms_shown:
         every = of(arm)
         sums = [sum(run[name] for run in every) for name in ("collapsed", "non_finite", "skipped", "escaped")]
         errors, minutes = sum(bool(run["error"]) for run in every), sum(run["seconds"] for run in every) / 60
@@ -354,6 +369,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each fault, batch and arm")
     parser.add_argument("--batches", type=int, nargs="+", choices=STEPS, default=list(STEPS), help="samples of a step")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which part of the set")
+    parser.add_argument("--arms", nargs="+", choices=get_args(ArmName), default=list(get_args(ArmName)), help="which")
     parser.add_argument("--quick", action="store_true", help="3 seeds, the two smallest batches")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
@@ -362,7 +378,7 @@ def main() -> None:
         Case(fault, batch, arm, seed)
         for batch in batches
         for fault in arguments.faults
-        for arm in get_args(ArmName)
+        for arm in arguments.arms
         for seed in range(seeds)
     ]
     try:

@@ -141,7 +141,16 @@ def test_bf16_is_trained_in_mixed_precision_and_the_next_run_is_not(stability: M
     assert mixed.scores == pytest.approx(plain.scores, abs=10)
 
 
-@pytest.mark.parametrize("arm", ["before", "after"])
+def test_a_closed_form_refuses_features_that_are_not_finite(
+    stability: ModuleType, setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(stability.FAULTS, "none", lambda sound, own, g: own * torch.nan)
+    result = stability.run_once(stability.Case("none", 64, "after", 0), setting, "cpu")
+    assert "are not all finite" in result.error
+    assert result.collapsed and result.escaped == 0
+
+
+@pytest.mark.parametrize("arm", ["before", "no closed form"])
 def test_features_that_are_not_finite_are_seen_and_never_trained_on(
     stability: ModuleType, setting: Any, arm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
