@@ -14,6 +14,7 @@ with tables and a picture of rank correlation and score against cost. Stored fea
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,12 +31,14 @@ from hyma_mllm.data.collection import collect, open_sources
 from hyma_mllm.data.library import Library
 from hyma_mllm.data.question_sets import read_questions
 from hyma_mllm.data.token_library import TokenLibrary
+from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
 from hyma_mllm.objectives.causal_lm import CausalObjective
 from hyma_mllm.objectives.contrastive import ContrastiveObjective
 from hyma_mllm.paths import write_text
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.budget import Budget
+from hyma_mllm.search.closed_form import ClosedFormConfig
 from hyma_mllm.search.config import Method, PolishConfig
 from hyma_mllm.search.free import labels_of
 from hyma_mllm.search.interrupt import StopRequest
@@ -59,8 +62,11 @@ FAMILIES = {
     ("mllm", False): ["mlp1"],
     ("mllm", True): ["mlp1"],
 }
-QUICK_MLLM = {"steps": 40, "batch": 8, "validation": 60, "test": 150}
-"""Of a quick MLLM case: the plain grid's steps and batch, validation questions, and those of the test that ranks."""
+MLLM_SIZES = {"steps": 40, "batch": 8, "validation": 60, "test": 150}
+"""Of a quick MLLM case: the plain grid's steps and batch, validation questions, and those of the test that ranks.
+
+Without `--quick` and `--steps` the recipe's own sizes and tests hold.
+"""
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -105,6 +111,7 @@ POLISH = PolishConfig(top=2, steps=50, optimiser=OptimiserConfig(lr=5e-4))
 VLM = (
     Contestant("hyma", "hyma"),
     Contestant("hyma, best pairs polished", "hyma", {"polish": POLISH}),
+    Contestant("hyma, whitened start", "hyma", {"closed_form": ClosedFormConfig("whitened")}),
     Contestant("hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}),
     Contestant(
         "hyma as published", "hyma", {"sampler": "cyclic", "optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "hyma"}
@@ -118,11 +125,13 @@ VLM = (
         {"preset": "default", "base": "shape", "alpha": 1e-6},
     ),
     Contestant("constrained grid, whitened start", "constrained-grid", {"warm_start": "whitened"}),
+    Contestant("constrained grid, consensus start", "constrained-grid", {"warm_start": "consensus"}),
     Contestant("successive halving", "halving"),
     Contestant("Mordal-style", "mordal"),
     Contestant("random", "random"),
     Contestant("ridge", "ridge", trains=False),
     Contestant("whitened", "whitened", trains=False),
+    Contestant("consensus", "consensus", trains=False),
     Contestant("CKA", "cka", trains=False),
     Contestant("mutual k-NN", "mutual-knn", trains=False),
     Contestant("CCA", "cca", trains=False),
@@ -179,10 +188,10 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     terms = ["--accept-terms", *arguments.accept_terms] if arguments.accept_terms else []
     config, _ = launch.parse(mllm.MLLMConfig, RECIPES / "mllm.yaml", mllm.SHORTCUTS, arguments=terms)
     config.data, config.threads = replace(config.data, split_seed=arguments.split_seed), arguments.threads
-    if arguments.quick:
+    if arguments.steps:
         first = next(iter(config.data.tests))
-        config.data = replace(config.data, tests={first: QUICK_MLLM["test"]}, validation_limit=QUICK_MLLM["validation"])
-        config.search = replace(config.search, grid_steps=QUICK_MLLM["steps"], batch=QUICK_MLLM["batch"])
+        config.data = replace(config.data, tests={first: arguments.test}, validation_limit=arguments.validation)
+        config.search = replace(config.search, grid_steps=arguments.steps, batch=arguments.batch)
     config.towers, config.llms = arguments.towers or config.towers, arguments.llms or config.llms
     accelerator = launch.start(config)
     questions = read_questions(config.data, arguments.run / "bad_rows.jsonl")
@@ -244,7 +253,8 @@ def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Bu
 
 def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argparse.Namespace) -> dict[str, Any]:
     """The oracle of every connector family, then every contestant at every budget and seed."""
-    candidates = oracle.CANDIDATES[arguments.case, arguments.quick]
+    every = oracle.CANDIDATES[arguments.case, arguments.quick]
+    candidates = [one for one in every if not arguments.candidates or one.name in arguments.candidates]
     oracles, runs = {}, []
     for connector in arguments.connectors:
         found = oracle.strong_oracle(bench.make, connector, candidates, range(100, 100 + arguments.seeds), bench.unit)
@@ -276,6 +286,20 @@ def keeper(folder: Path) -> oracle.Unit:
     return unit
 
 
+def same_settings(arguments: argparse.Namespace) -> None:
+    """Keep what the finished trainings in the run directory depend on.
+
+    Raises:
+        HymaError: they are there, of other settings.
+    """
+    path, free = arguments.run / "settings.json", {"run", "out", "only", "shares", "connectors", "threads"}
+    wanted = {name: value for name, value in vars(arguments).items() if name not in free}
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        differ = ", ".join(sorted(key for key in kept | wanted if kept.get(key) != wanted.get(key)))
+        raise HymaError(f"{arguments.run} holds trainings of other settings ({differ}); write another --run.")
+    write_text(path, json.dumps(wanted) + "\n")
+
+
 def main() -> None:
     """Run what has not run yet, and write tables and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,13 +320,25 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=[], help="of the MLLM case; the recipe's where left out")
     parser.add_argument("--llms", nargs="+", default=[], help="of the MLLM case; the recipe's where left out")
     parser.add_argument("--accept-terms", nargs="+", default=[], help="terms of use that you accept, e.g. gemma")
+    for name in MLLM_SIZES:
+        parser.add_argument(f"--{name}", type=int, default=0, help="of the MLLM case, instead of a quick one's")
+    parser.add_argument(
+        "--candidates", nargs="+", default=[], help="names of the oracle's, say words-lr0.015-wd0.01-x1"
+    )
     parser.add_argument("--only", nargs="+", default=[], help="labels of contestants")
     arguments = parser.parse_args()
     arguments.connectors = arguments.connectors or FAMILIES[arguments.case, arguments.quick]
     if arguments.quick:
         arguments.shares = [0.05] if arguments.case == "vlm" else [0.2]
+    if arguments.case == "mllm" and (arguments.quick or arguments.steps):
+        for name, size in MLLM_SIZES.items():
+            setattr(arguments, name, getattr(arguments, name) or size)
     where = f"{arguments.case}{'-quick' if arguments.quick else ''}-split{arguments.split_seed}-rows{arguments.limit}"
     arguments.run = (arguments.run or Path("runs/fidelity")) / where
+    try:
+        same_settings(arguments)
+    except HymaError as problem:
+        sys.exit(str(problem))
     hide_loading_bars()
     machine = measure.machine("cuda" if torch.cuda.is_available() else "cpu")
     bench = BENCHES[arguments.case](arguments, keeper(arguments.run / "units"))
