@@ -286,8 +286,8 @@ def keeper(folder: Path) -> oracle.Unit:
     return unit
 
 
-def same_settings(arguments: argparse.Namespace) -> None:
-    """Keep what the finished trainings in the run directory depend on.
+def same_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keep what the finished trainings in the run directory depend on, and return it.
 
     Raises:
         HymaError: they are there, of other settings.
@@ -298,6 +298,7 @@ def same_settings(arguments: argparse.Namespace) -> None:
         differ = ", ".join(sorted(key for key in kept | wanted if kept.get(key) != wanted.get(key)))
         raise HymaError(f"{arguments.run} holds trainings of other settings ({differ}); write another --run.")
     write_text(path, json.dumps(wanted) + "\n")
+    return wanted
 
 
 def main() -> None:
@@ -336,7 +337,7 @@ def main() -> None:
     where = f"{arguments.case}{'-quick' if arguments.quick else ''}-split{arguments.split_seed}-rows{arguments.limit}"
     arguments.run = (arguments.run or Path("runs/fidelity")) / where
     try:
-        same_settings(arguments)
+        settings = same_settings(arguments)
     except HymaError as problem:
         sys.exit(str(problem))
     hide_loading_bars()
@@ -349,6 +350,7 @@ def main() -> None:
         "case": arguments.case,
         "about": bench.about,
         "split_seed": arguments.split_seed,
+        "settings": settings,
     } | found
     result["table"] = fidelity_report.lines(result)
     out = arguments.out or arguments.run / "fidelity.json"

@@ -14,6 +14,9 @@ SHOWN = (("spearman", "Spearman"), ("weighted_kendall", "weighted Kendall"), ("n
 LEAST_SHOWN = 0.2
 """Rank correlations below this are drawn at it."""
 
+LEAST_COST = 1e-4
+"""Shares of the grid's cost below this are drawn at it."""
+
 MARKS = "os^vDP*Xhd<>8pH"
 
 
@@ -133,7 +136,9 @@ def picture(result: Mapping[str, Any], path: Path) -> Path:
 
 def _panel(axes: Any, here: Sequence[Mapping[str, Any]], key: str) -> None:
     """One line a contestant, one point a budget; the oracle's own as a band."""
+    costs = [max(line["cost"][0], LEAST_COST) for line in here]
     axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 1.5, 1.5 * max(1.0, *costs))
     axes.grid(alpha=0.3)
     if key == "spearman":  # what ranks by chance stands at the lower edge
         axes.set_ylim(LEAST_SHOWN, 1.02)
@@ -151,7 +156,7 @@ def _panel(axes: Any, here: Sequence[Mapping[str, Any]], key: str) -> None:
             mean, low, high = (values.clip(LEAST_SHOWN) for values in (mean, low, high))
         spread = np.nan_to_num(np.stack([mean - low, high - mean]))
         axes.errorbar(
-            np.maximum(cost, 1e-4), mean, yerr=spread, marker=MARKS[number % len(MARKS)], label=label, capsize=2,
+            np.maximum(cost, LEAST_COST), mean, yerr=spread, marker=MARKS[number % len(MARKS)], label=label, capsize=2,
             color=f"C{number % 10}", alpha=1.0 if label.startswith("hyma") else 0.6,
             linewidth=2.5 if label == "hyma" else 1.0, markersize=9 if label == "hyma" else 6,
             zorder=3 if label.startswith("hyma") else 2,

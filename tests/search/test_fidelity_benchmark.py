@@ -1,6 +1,7 @@
 """The fidelity benchmark on the synthetic task: the oracle's choice, what is kept, the lines of its table."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hyma_mllm.errors import HymaError
 from hyma_mllm.search.budget import Budget
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import compare, spearman
@@ -115,3 +117,25 @@ def test_lines_are_the_metrics_over_seeds_and_the_picture_is_drawn(fidelity: Mod
     result["table"] = list(lines.values())
     assert fidelity.fidelity_report.table(result, "linear").row_count == 4
     assert fidelity.fidelity_report.picture(result, tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_a_run_directory_of_other_settings_is_refused(fidelity: ModuleType, tmp_path: Path) -> None:
+    given = Namespace(
+        run=tmp_path, out=None, only=[], shares=[0.1], connectors=["linear"], threads=1, steps=40, seeds=2
+    )
+    assert fidelity.same_settings(given) == {"steps": 40, "seeds": 2}
+    given.shares = [0.05]  # a further budget goes on in the same directory
+    assert fidelity.same_settings(given) == {"steps": 40, "seeds": 2}
+    given.steps = 120
+    with pytest.raises(HymaError, match=r"holds trainings of other settings \(steps\); write another --run"):
+        fidelity.same_settings(given)
+
+
+def test_a_picture_of_one_cost_has_an_axis(fidelity: ModuleType, tmp_path: Path) -> None:
+    costs = [{"label": "hyma", "cost": [0.2], "mean score": [30.0, 20.0, 40.0]}]
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots()
+    fidelity.fidelity_report._panel(axes, costs, "mean score")
+    low, high = axes.get_xlim()
+    assert 0 < low < 0.2 < 1 < high
