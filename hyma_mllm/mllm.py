@@ -301,7 +301,8 @@ def print_bill(config: MLLMConfig, counts: Counts, accelerator: Accelerator, say
 
 def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
-    loss = sum(pair_flops(config, connector))
+    visits = pair_flops(config, connector)
+    loss = sum(visits)
     say(f"{connector}: {size_line(grid, spec, config.hypernetwork, 'projectors')}")
     if search.budget.given:
         say(
@@ -314,7 +315,8 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
     )
     share = 1.0 if search.sampler == "fair" else 1 / sampler.visits_per_round
     own = flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid)))
-    hyma = search.steps * share * (loss + own)
+    polishing = sum(sorted(visits, reverse=True)[: search.polish.top]) * search.polish.steps
+    hyma = search.steps * share * (loss + own) + polishing
     seen_rows = search.steps * share * search.batch
     epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
     say(

@@ -24,6 +24,7 @@ from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search import flops
 from hyma_mllm.search.methods import SearchConfig
 from hyma_mllm.search.samplers import PairSampler
+from hyma_mllm.search.starts import start_flops
 from hyma_mllm.zoo.cards import ModelCard
 from hyma_mllm.zoo.text import TEXT_CARDS, text_card, text_on_disk
 from hyma_mllm.zoo.vision import DEFAULT_IMAGE_IDS, image_card, image_on_disk
@@ -171,7 +172,7 @@ def print_bill(config: VLMConfig, rows: int, accelerator: Accelerator, say: Call
         _say_encoders(config, image, text, rows, say)
     vlm_plan.print_plan(config, rows, accelerator)
     for connector in search.connectors:
-        _price(config, grid, connector, say)
+        _price(config, grid, connector, rows, say)
 
 
 def _say_encoders(
@@ -186,13 +187,14 @@ def _say_encoders(
         say(f"about {rows} pictures")
 
 
-def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str], None]) -> None:
+def _price(config: VLMConfig, grid: PairGrid, connector: str, rows: int, say: Callable[[str], None]) -> None:
     search, spec = config.search, config.search.spec(connector)
-    loss = sum(
+    visits = [
         flops.connector_step_flops(spec, grid.shape(k), search.batch)
         + flops.similarity_step_flops(search.batch, grid.shape(k)[1], tiled=config.objective.tile > 0)
         for k in range(len(grid))
-    )
+    ]
+    loss = sum(visits)
     own = flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid)))
     say(f"{connector}: {size_line(grid, spec, config.hypernetwork, 'connectors')}")
     if search.budget.given:
@@ -204,11 +206,18 @@ def _price(config: VLMConfig, grid: PairGrid, connector: str, say: Callable[[str
         return
     sampler = PairSampler(tuple(range(len(grid))), search.pairs_per_visit, search.sampler, 0)
     share = 1.0 if search.sampler == "fair" else sampler.size / len(grid)
-    hyma = search.steps * share * (loss + own)
-    grid_cost = search.grid_steps * loss
+    bill = {"steps": search.steps * share * (loss + own)}
+    if parts(config.hypernetwork, spec.depth).base == "closed_form" and rows:
+        trained = round(rows * (1 - config.data.validation - config.data.test))
+        bill["closed forms"] = start_flops(grid, spec, search.closed_form.kind, vlm_plan.CAPTIONS * trained, trained)
+    if search.polish.top:
+        bill["polishing"] = sum(sorted(visits, reverse=True)[: search.polish.top]) * search.polish.steps
+    hyma, grid_cost = sum(bill.values()), search.grid_steps * loss
     seen = search.steps * share * search.batch
+    shares = ", ".join(f"{name} {cost / 1e12:.2f}" for name, cost in bill.items())
     say(
-        f"  hyma: batch {search.batch}, {search.steps} steps, {seen:.0f} samples per pair, {hyma / 1e12:.2f} TFLOP "
-        f"a seed; grid: batch {search.batch}, {search.grid_steps} steps, {search.grid_steps * search.batch} samples "
-        f"per pair, {grid_cost / 1e12:.2f} TFLOP a seed ({grid_cost / hyma:.1f} x); seeds {search.seeds}"
+        f"  hyma: batch {search.batch}, {search.steps} steps, {seen:.0f} samples per pair, about {hyma / 1e12:.2f} "
+        f"TFLOP a seed ({shares}); grid: batch {search.batch}, {search.grid_steps} steps, "
+        f"{search.grid_steps * search.batch} samples per pair, {grid_cost / 1e12:.2f} TFLOP a seed "
+        f"({grid_cost / hyma:.1f} x); seeds {search.seeds}"
     )

@@ -78,10 +78,8 @@ def consensus_parts(task: VLMTask, found: Moments, strength: float) -> Parts:
     """
     models = [*found.images.values(), *found.texts.values()]
     strengths = [strength * len(model.mean) / len(found.rows) for model in models]  # in mean eigenvalues
-    most = max(LEAST_AXES, ALL_AXES // len(models)) if models else 0
-    whitening = [whitened_axes(model, lift, most) for model, lift in zip(models, strengths, strict=True)]
-    axes = [matrix.shape[1] for matrix in whitening]
-    rank = min(RANK, sum(axes))
+    axes, rank = shared_out([len(model.mean) for model in models])
+    whitening = [whitened_axes(*given) for given in zip(models, strengths, axes, strict=True)]
     components = _components(task, found, whitening, rank)
     joint = [model.covariance.new_zeros(len(model.mean), rank) for model in models]
     for rows in centred_rows(task, found):
@@ -105,12 +103,18 @@ def _components(task: VLMTask, found: Moments, whitening: Sequence[Tensor], rank
     return vectors.flip(1)[:, :rank]
 
 
-def whitened_axes(model: ModelMoments, strength: float, most: int) -> Tensor:
-    """P [width, at most `most`]: leading eigenvectors of C over the roots of their eigenvalues plus lam.
+def shared_out(widths: Sequence[int]) -> tuple[list[int], int]:
+    """Axes of models of these widths, and components of their consensus."""
+    most = max(LEAST_AXES, ALL_AXES // len(widths)) if widths else 0
+    axes = [min(most, width) for width in widths]
+    return axes, min(RANK, sum(axes))
+
+
+def whitened_axes(model: ModelMoments, strength: float, count: int) -> Tensor:
+    """P [width, count]: leading eigenvectors of C over the roots of their eigenvalues plus lam.
 
     A model that does not vary has none that says anything: its P is zero.
     """
-    count = min(most, len(model.mean))
     if model.constant:
         return model.covariance.new_zeros(len(model.mean), count)
     values, vectors = leading_axes(model.covariance, count)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.errors import HymaError
+from hyma_mllm.pairs import PairGrid
 from hyma_mllm.search.closed_form import ClosedFormConfig, Start, closed_forms
-from hyma_mllm.search.flops import as_connector_flops
+from hyma_mllm.search.consensus import shared_out
+from hyma_mllm.search.flops import as_connector_flops, closed_form_flops, consensus_flops
 from hyma_mllm.search.ledger import Cost, Meter
 from hyma_mllm.search.linear_start import training_start
 from hyma_mllm.search.mllm_task import MLLMTask
@@ -76,3 +78,20 @@ def closed_starts(
             cost.flops, cost.samples_per_pair = found.flops, float(len(features.train))
     cost.flops += sum(as_connector_flops(spec, task.grid.shape(pair)) for pair in range(len(task.grid)))
     return Starts(states, cost)
+
+
+def start_flops(grid: PairGrid, spec: ConnectorSpec, kind: Start, captions: int, pictures: int) -> float:
+    """What `closed_starts` of all pairs between encoders will cost, from numbers alone.
+
+    Args:
+        grid: the pairs.
+        spec: the connector family.
+        kind: `consensus`, `whitened` or `ridge`.
+        captions: of the training split.
+        pictures: likewise.
+    """
+    rows, pairs = (captions, pictures), range(len(grid))
+    written = sum(as_connector_flops(spec, grid.shape(pair)) for pair in pairs)
+    if kind == "consensus":
+        return written + consensus_flops(rows, grid, pairs, *shared_out([*grid.vision_widths, *grid.text_widths]))
+    return written + closed_form_flops(rows, grid, pairs, whitened=kind == "whitened")

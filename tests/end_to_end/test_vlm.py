@@ -177,6 +177,7 @@ def test_dry_run_prints_the_bill_and_writes_nothing(
     code, out, _ = recipe("--dry-run", f"--run={tmp_path / 'run'}", *OPTIONS)
     assert code == 0 and time.monotonic() - began < 20
     assert "2 image x 2 text encoders = 4 pairs" in out and "TFLOP" in out and "free disk" in out
+    assert "(steps 0.0" in out and "closed forms 0." in out
     assert not (tmp_path / "run").exists()
 
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.data.resident import FeatureRows
 from hyma_mllm.search import consensus
 from hyma_mllm.search.bank import ConnectorBank
-from hyma_mllm.search.closed_form import ClosedFormConfig, ClosedForms, closed_forms
+from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, ClosedForms, closed_forms
+from hyma_mllm.search.starts import closed_starts, start_flops
 from hyma_mllm.search.task import VLMTask
 from tests.search.conftest import make_task
 
@@ -88,9 +90,9 @@ def test_axes_are_shared_out_among_the_models(monkeypatch: pytest.MonkeyPatch, t
     seen: list[int] = []
     plain = consensus.whitened_axes
 
-    def whitened(model: consensus.ModelMoments, strength: float, most: int) -> Tensor:
-        seen.append(most)
-        return plain(model, strength, most)
+    def whitened(model: consensus.ModelMoments, strength: float, count: int) -> Tensor:
+        seen.append(count)
+        return plain(model, strength, count)
 
     monkeypatch.setattr(consensus, "whitened_axes", whitened)
     forms(task)
@@ -123,3 +125,12 @@ def test_a_pair_alone_has_a_consensus_of_two(small_task: VLMTask) -> None:
     scores = small_task.scores(ConnectorBank(small_task.grid, LINEAR, 0, [state]), LINEAR, small_task.test)
     fresh = small_task.scores(ConnectorBank(small_task.grid, LINEAR, 0), LINEAR, small_task.test)
     assert scores["retrieval"][0] > fresh["retrieval"][0] + 20
+
+
+@pytest.mark.parametrize("kind", ["consensus", "whitened", "ridge"])
+@pytest.mark.parametrize("connector", ["linear", "mlp1"])
+def test_the_price_before_is_the_bill_after(task: VLMTask, kind: ClosedForm, connector: str) -> None:
+    spec = ConnectorSpec.named(connector, hidden=16)
+    captions = int((task.first_caption[task.train + 1] - task.first_caption[task.train]).sum())
+    paid = closed_starts(task, spec, kind, 1.0, Accelerator(cpu=True)).cost.flops
+    assert start_flops(task.grid, spec, kind, captions, len(task.train)) == pytest.approx(paid, rel=1e-12)
