@@ -56,7 +56,7 @@ VLM_CANDIDATES = (
     Candidate(1e-3, warm_start="consensus", steps=0.5),
     Candidate(1e-3, 0.5, warm_start="consensus"),
 )
-QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[4], VLM_CANDIDATES[7])
+QUICK_VLM_CANDIDATES = (VLM_CANDIDATES[0], VLM_CANDIDATES[3], VLM_CANDIDATES[7])
 MLLM_CANDIDATES = (
     Candidate(1e-2),
     Candidate(1.5e-2, warm_start="words"),
