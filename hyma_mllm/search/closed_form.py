@@ -108,13 +108,14 @@ def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] |
     if config.kind == "words":
         raise ValueError("words is the closed form of an MLLM search; word_start computes it")
     wanted = list(range(len(task.grid))) if pairs is None else [int(index) for index in pairs]
-    build = _from_consensus if config.kind == "consensus" else _pair_by_pair
-    return build(task, config.kind, config.strength_of(config.kind), wanted)
+    strength = config.strength_of(config.kind)
+    if config.kind == "consensus":
+        return _from_consensus(task, strength, wanted)
+    return _pair_by_pair(task, config.kind == "whitened", strength, wanted)
 
 
-def _pair_by_pair(task: VLMTask, kind: Start, strength: float, wanted: Sequence[int]) -> ClosedForms:
-    """`ridge` and `whitened`."""
-    whitened = kind == "whitened"
+def _pair_by_pair(task: VLMTask, whitened: bool, strength: float, wanted: Sequence[int]) -> ClosedForms:
+    """`whitened`, or `ridge`."""
     found = training_moments(task, wanted, image_covariances=whitened)
     text_factors = {t: moments.factor(strength) for t, moments in found.texts.items()}
     image_factors = {v: moments.factor(strength) for v, moments in found.images.items()} if whitened else {}
@@ -134,7 +135,7 @@ def _pair_by_pair(task: VLMTask, kind: Start, strength: float, wanted: Sequence[
     return ClosedForms(states, bill)
 
 
-def _from_consensus(task: VLMTask, kind: Start, strength: float, wanted: Sequence[int]) -> ClosedForms:
+def _from_consensus(task: VLMTask, strength: float, wanted: Sequence[int]) -> ClosedForms:
     """`consensus`, of the models that these pairs touch."""
     found = training_moments(task, wanted, image_covariances=True, crosses=False)
     parts = consensus_parts(task, found, strength)

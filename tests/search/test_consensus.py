@@ -7,12 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hyma_mllm.connectors import ConnectorSpec
 from hyma_mllm.data.resident import FeatureRows
 from hyma_mllm.search import consensus
 from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.closed_form import ClosedForm, ClosedFormConfig, ClosedForms, closed_forms
+from hyma_mllm.search.flops import symmetric_flops
+from hyma_mllm.search.moments import add_upper, mirrored
 from hyma_mllm.search.starts import closed_starts, start_flops
 from hyma_mllm.search.task import VLMTask
 from tests.search.conftest import make_task
@@ -134,3 +137,14 @@ def test_the_price_before_is_the_bill_after(task: VLMTask, kind: ClosedForm, con
     captions = int((task.first_caption[task.train + 1] - task.first_caption[task.train]).sum())
     paid = closed_starts(task, spec, kind, 1.0, Accelerator(cpu=True)).cost.flops
     assert start_flops(task.grid, spec, kind, captions, len(task.train)) == pytest.approx(paid, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 256, 257, 600])
+def test_symmetric_products_are_computed_above_the_diagonal_and_billed_so(width: int) -> None:
+    rows = torch.randn(40, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    square = torch.zeros(width, width, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        add_upper(square, rows[:25], rows[:25])
+        add_upper(square, rows[25:], rows[25:])
+    torch.testing.assert_close(mirrored(square), rows.T @ rows, atol=1e-12, rtol=1e-12)
+    assert counter.get_total_flops() == symmetric_flops(40, width) <= 2 * 40 * width**2
