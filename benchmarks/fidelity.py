@@ -170,7 +170,9 @@ def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
 
     def make(changes: dict[str, Any], scale: float | None = None, hypernetwork: dict[str, Any] | None = None) -> Search:
         objective = replace(config.objective, scale=scale or config.objective.scale)
-        searching = replace(config.search, evaluate_every=0, checkpoint_every=0, methods=["hyma"], **changes)
+        # Polishing is a contestant of its own, whatever the recipe says.
+        values: dict[str, Any] = {"methods": ["hyma"], "polish": PolishConfig()} | changes
+        searching = replace(config.search, evaluate_every=0, checkpoint_every=0, **values)
         parts = asdict(config.hypernetwork) | (hypernetwork or {})
         return Search(
             searching, HypernetworkConfig(**parts), partial(ContrastiveObjective, objective), prepared.task,
