@@ -3,9 +3,9 @@
     python benchmarks/data_size.py --out benchmarks/results/data_size.json
 
 Every size trains on an even subset of the training pictures of one split, and is scored on the whole test part (text to
-image R@10). HYMA takes 16 steps, the grid its whole budget, the constrained grid HYMA's FLOPs. For every contestant: the
-mean score over all pairs, and that of the pair which its own validation scores hand over. Every training is a file in
-the run directory; killed and started again, the benchmark goes on.
+image R@10). HYMA takes 16 steps, the grid its whole budget, the constrained grid the FLOPs of HYMA. Shown are the mean
+score over all pairs, and that of the pair which a contestant's own validation scores hand over. Every training is a
+file in the run directory; killed and started again, the benchmark goes on.
 """
 
 import argparse
