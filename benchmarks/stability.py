@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +85,7 @@ class Arm:
     guard: GuardConfig
 
 
+@cache
 def arms() -> dict[ArmName, Arm]:
     """The published recipe (arXiv 2507.10015 and its authors' code: a constant rate, no clipping) and our own."""
     ours, recipe = VLMConfig(), launch.parse(VLMConfig, RECIPE, arguments=[])[0]

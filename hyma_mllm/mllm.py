@@ -315,8 +315,7 @@ def _price(config: MLLMConfig, grid: PairGrid, connector: str, training: int, sa
     )
     share = 1.0 if search.sampler == "fair" else 1 / sampler.visits_per_round
     own = flops.hypernetwork_step_flops(grid, spec, config.hypernetwork, range(len(grid)))
-    polishing = sum(sorted(visits, reverse=True)[: search.polish.top]) * search.polish.steps
-    hyma = search.steps * share * (loss + own) + polishing
+    hyma = search.steps * share * (loss + own) + search.polish.price(visits)
     seen_rows = search.steps * share * search.batch
     epochs = f" ({seen_rows / training:.1f} epochs)" if training else ""
     say(

@@ -211,7 +211,7 @@ def _price(config: VLMConfig, grid: PairGrid, connector: str, rows: int, say: Ca
         trained = round(rows * (1 - config.data.validation - config.data.test))
         bill["closed forms"] = start_flops(grid, spec, search.closed_form.kind, vlm_plan.CAPTIONS * trained, trained)
     if search.polish.top:
-        bill["polishing"] = sum(sorted(visits, reverse=True)[: search.polish.top]) * search.polish.steps
+        bill["polishing"] = search.polish.price(visits)
     hyma, grid_cost = sum(bill.values()), search.grid_steps * loss
     seen = search.steps * share * search.batch
     shares = ", ".join(f"{name} {cost / 1e12:.2f}" for name, cost in bill.items())

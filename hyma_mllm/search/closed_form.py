@@ -10,7 +10,6 @@ M = cov(t, v), and each inverse regularised by `strength` times the mean eigenva
   the few directions in which all pictures vary do not decide alone. Retrieval compares by the cosine, and unit rows v
   make (W t + b) . v the bilinear score (t - mean(t))^T W^T (v - mean(v)) up to a constant per caption: this bias ranks
   the pictures of a caption exactly by it. A mean(v) of its own in the bias would only blur that order.
-
 - `consensus`: what all models of the search say together; see `consensus`. Its bias is that of `whitened`.
 
 Directions alone matter to a loss and a score that normalise, so every connector is scaled to give training rows of

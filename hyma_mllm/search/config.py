@@ -1,5 +1,6 @@
 """What `--search.*` says: which methods run, and how each of them trains."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -116,6 +117,10 @@ class PolishConfig:
             raise HymaError(f"search.polish.top is {self.top}; write a number of pairs, or 0 for none.")
         if self.steps < 1:
             raise HymaError(f"search.polish.steps is {self.steps}; it takes at least 1.")
+
+    def price(self, visits: Iterable[float]) -> float:
+        """The most that it may cost, by what a visit of each pair costs: the dearest pairs may be the best."""
+        return sum(sorted(visits, reverse=True)[: self.top]) * self.steps
 
 
 @dataclass

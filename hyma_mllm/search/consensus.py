@@ -83,7 +83,7 @@ def consensus_parts(task: VLMTask, found: Moments, strength: float) -> Parts:
     components = _components(task, found, whitening, rank)
     joint = [model.covariance.new_zeros(len(model.mean), rank) for model in models]
     for rows in centred_rows(task, found):
-        u = torch.cat([x @ matrix for x, matrix in zip(rows, whitening, strict=True)], dim=1) @ components
+        u = _along(whitening, rows) @ components
         for total, x in zip(joint, rows, strict=True):
             total += x.T @ u
     measured = zip(models, joint, strengths, strict=True)
@@ -97,10 +97,15 @@ def _components(task: VLMTask, found: Moments, whitening: Sequence[Tensor], rank
     width = sum(matrix.shape[1] for matrix in whitening)
     square = torch.zeros(width, width, dtype=torch.float64, device=whitening[0].device if whitening else None)
     for rows in centred_rows(task, found):
-        z = torch.cat([x @ matrix for x, matrix in zip(rows, whitening, strict=True)], dim=1)
+        z = _along(whitening, rows)
         add_upper(square, z, z)
     vectors: Tensor = torch.linalg.eigh(mirrored(square) / len(found.rows)).eigenvectors
     return vectors.flip(1)[:, :rank]
+
+
+def _along(whitening: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all models along their whitened axes, side by side [rows, axes]."""
+    return torch.cat([x @ matrix for x, matrix in zip(rows, whitening, strict=True)], dim=1)
 
 
 def shared_out(widths: Sequence[int]) -> tuple[list[int], int]:

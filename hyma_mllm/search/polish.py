@@ -18,7 +18,7 @@ def polish_price(search: Setting, spec: ConnectorSpec, budget: Budget) -> float:
     if budget.flops is None:
         return min(config.top, len(task.grid)) * config.steps * search.config.batch / len(task.grid)
     prices = [task.visit_flops(spec, [pair], search.config.batch) for pair in search.everything()]
-    return sum(sorted(prices, reverse=True)[: config.top]) * config.steps
+    return config.price(prices)
 
 
 def polish(
