@@ -333,6 +333,12 @@ def main() -> None:
     arguments.connectors = arguments.connectors or FAMILIES[arguments.case, arguments.quick]
     if arguments.quick:
         arguments.shares = [0.05] if arguments.case == "vlm" else [0.2]
+    sized = [f"--{name}" for name in MLLM_SIZES if getattr(arguments, name)]
+    if sized and (arguments.case == "vlm" or not (arguments.quick or arguments.steps)):
+        parser.error(f"{', '.join(sized)} would not be read: sizes are of --case mllm, with --quick or --steps")
+    known = [one.name for one in oracle.CANDIDATES[arguments.case, arguments.quick]]
+    if unknown := set(arguments.candidates) - set(known):
+        parser.error(f"the oracle has no candidate {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if arguments.case == "mllm" and (arguments.quick or arguments.steps):
         for name, size in MLLM_SIZES.items():
             setattr(arguments, name, getattr(arguments, name) or size)
