@@ -41,9 +41,9 @@ from hyma_mllm.zoo.llm_shape import LLMShape, llm_shape
 from hyma_mllm.zoo.vision_tokens import load_tower, tower_card
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
-    from benchmarks import causal_step, measure
+    from benchmarks import causal_ground, measure
 else:
-    import causal_step
+    import causal_ground
     import measure
 
 LLM = "smollm2-135m"
@@ -148,8 +148,8 @@ def contrastive(case: Case) -> Planned:
 
 def causal(case: Case) -> Planned:
     """A step of all pairs' own projectors, as a search trains them; questions of easy-VQA."""
-    task: MLLMTask = causal_step.task_of(LLM)
-    spec, shape, facts = causal_step.spec_of(task), llm_shape(llm_card(LLM)), task.facts[0]
+    task: MLLMTask = causal_ground.task_of(LLM)
+    spec, shape, facts = causal_ground.spec_of(task), llm_shape(llm_card(LLM)), task.facts[0]
     longest = max(tower.count for tower in task.towers)
     length = longest + round(facts.text)
     pairs = list(range(len(task.grid)))
@@ -166,7 +166,7 @@ def causal(case: Case) -> Planned:
     needed += training.causal_visit(shape, rows, length, facts.before, training.FLOAT, training.FLOAT, False)
     needed += training.projector_visit(spec, shapes[: case.per_visit], case.batch * longest, shape.width)
     needed += training.causal_loss(round(rows * facts.supervised), shape.width, CHUNK)
-    step = causal_step.search_step(task, case.batch, case.per_visit)
+    step = causal_ground.search_step(task, case.batch, case.per_visit)
     updates = float((cost.UPDATE_PASSES - 3) * training.FLOAT * own_weights)  # nothing is clipped here
     work = cost.Work(task.visit_flops(spec, pairs, case.batch), 0.0, updates, moved)
     return Planned(step, work, needed, (shape, rows * length))

@@ -39,9 +39,9 @@ from hyma_mllm.zoo.llm import llm_card, load_llm
 from hyma_mllm.zoo.vision_tokens import tower_card
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
-    from benchmarks import causal_step, measure
+    from benchmarks import causal_ground, measure
 else:
-    import causal_step
+    import causal_ground
     import measure
 
 FORMS: tuple[TokenDtype, ...] = get_args(TokenDtype)
@@ -89,7 +89,7 @@ def stored_as(task: MLLMTask, form: TokenDtype) -> MLLMTask:
 
 def trained(task: MLLMTask, steps: int) -> ConnectorBank:
     """Every pair's projector after some steps."""
-    spec, objective = causal_step.spec_of(task), CausalObjective()
+    spec, objective = causal_ground.spec_of(task), CausalObjective()
     bank, pairs = ConnectorBank(task.grid, spec, seed=0), list(range(len(task.grid)))
     optimiser = torch.optim.AdamW(bank.parameters(), lr=RATE, fused=True)
     batches = BatchSampler(task.train, BATCH, seed=0)
@@ -105,7 +105,7 @@ def trained(task: MLLMTask, steps: int) -> ConnectorBank:
 @torch.no_grad()
 def held_out_losses(task: MLLMTask, bank: ConnectorBank) -> list[float]:
     """Held-out loss of each pair, nats a token."""
-    spec, objective, pairs = causal_step.spec_of(task), CausalObjective(), list(range(len(task.grid)))
+    spec, objective, pairs = causal_ground.spec_of(task), CausalObjective(), list(range(len(task.grid)))
     parts = torch.split(task.tests["easy-vqa"], 16)
     found = torch.stack([task.losses(bank(pairs), spec, objective, task.batch(rows, 0, 0)) for rows in parts], 1)
     sizes = torch.tensor([len(rows) for rows in parts], dtype=torch.float32)
