@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hyma_mllm.errors import HymaError, near_names
 from hyma_mllm.search import flops
-from hyma_mllm.search.consensus import consensus_parts, consensus_weight
+from hyma_mllm.search.consensus import consensus_parts, consensus_weight, products_of
 from hyma_mllm.search.linear_start import as_connector as as_connector
 from hyma_mllm.search.linear_start import training_start as training_start
 from hyma_mllm.search.moments import ModelMoments, solved, training_moments
@@ -93,7 +93,8 @@ class ClosedForms:
 def closed_forms(task: VLMTask, config: ClosedFormConfig, pairs: Sequence[int] | None = None) -> ClosedForms:
     """The linear connectors of these pairs, from the training rows alone.
 
-    Each model's covariance and factor are taken once and shared by its pairs. All in float64. The result is always
+    Each model's covariance and factor are taken once and shared by its pairs. All in float64, but for sums of
+    products of rows in the consensus, where that is far finer than its regularisation. The result is always
     finite: a pair with a constant model, of which nothing can be learnt, maps every text to one point of unit length.
 
     Args:
@@ -136,7 +137,8 @@ def _pair_by_pair(task: VLMTask, whitened: bool, strength: float, wanted: Sequen
 
 def _from_consensus(task: VLMTask, strength: float, wanted: Sequence[int]) -> ClosedForms:
     """`consensus`, of the models that these pairs touch."""
-    found = training_moments(task, wanted, image_covariances=True, crosses=False)
+    products = products_of(strength, len(task.train))
+    found = training_moments(task, wanted, image_covariances=True, crosses=False, products=products)
     parts = consensus_parts(task, found, strength)
     states = []
     for index in wanted:

@@ -15,7 +15,7 @@ the noise in C's eigenvalues, and so gets weaker with more data. The work is tha
 pairs: a pair adds one product of thin matrices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ from hyma_mllm.search.task import VLMTask
 
 ALL_AXES, LEAST_AXES = 1024, 32
 """Axes of all models together, and at least of each one: fixes the size of the one eigenproblem."""
+
+LEAST_SHARE = 1e-5
+"""lam as a share of trace(C), which float32 knows to about 1e-7, from which on float32 will do."""
 
 RANK = 256
 """Components of the consensus, at most."""
@@ -63,6 +66,11 @@ class Parts:
     rank: int
 
 
+def products_of(strength: float, pictures: int) -> torch.dtype:
+    """What products of rows may be computed in: float32 where its rounding lies far below lam."""
+    return torch.float32 if strength >= LEAST_SHARE * pictures else torch.float64
+
+
 def consensus_weight(image: Part, text: Part) -> tuple[Tensor, Tensor]:
     """The connector's weight [d_image, d_text], and the variance of what it makes of the training captions."""
     return image.reads @ text.reads.T, (image.power * text.varying).sum()
@@ -79,10 +87,10 @@ def consensus_parts(task: VLMTask, found: Moments, strength: float) -> Parts:
     models = [*found.images.values(), *found.texts.values()]
     strengths = [strength * len(model.mean) / len(found.rows) for model in models]  # in mean eigenvalues
     axes, rank = shared_out([len(model.mean) for model in models])
-    whitening = [whitened_axes(*given) for given in zip(models, strengths, axes, strict=True)]
-    components = _components(task, found, whitening, rank)
+    whitening = [whitened_axes(*given).to(found.products) for given in zip(models, strengths, axes, strict=True)]
+    components = _components(task, found, whitening, rank).to(found.products)
     joint = [model.covariance.new_zeros(len(model.mean), rank) for model in models]
-    for rows in centred_rows(task, found):
+    for rows in _centred(task, found):
         u = _along(whitening, rows) @ components
         for total, x in zip(joint, rows, strict=True):
             total += x.T @ u
@@ -96,11 +104,17 @@ def _components(task: VLMTask, found: Moments, whitening: Sequence[Tensor], rank
     """The leading eigenvectors [axes, rank] of the covariance of all models' axes."""
     width = sum(matrix.shape[1] for matrix in whitening)
     square = torch.zeros(width, width, dtype=torch.float64, device=whitening[0].device if whitening else None)
-    for rows in centred_rows(task, found):
+    for rows in _centred(task, found):
         z = _along(whitening, rows)
         add_upper(square, z, z)
     vectors: Tensor = torch.linalg.eigh(mirrored(square) / len(found.rows)).eigenvectors
     return vectors.flip(1)[:, :rank]
+
+
+def _centred(task: VLMTask, found: Moments) -> Iterator[list[Tensor]]:
+    """`centred_rows` in the precision of the products; they were centred in float64, so that no mean drowns them."""
+    for rows in centred_rows(task, found):
+        yield [x.to(found.products) for x in rows]
 
 
 def _along(whitening: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -49,9 +49,8 @@ def as_connector(state: dict[str, Tensor], spec: ConnectorSpec, seed: int = 0) -
     scale = math.sqrt(rank / (3 * float(reads.square().sum()))) if rank else 1.0
     reads, writes = reads * scale, writes / scale
 
-    fresh = connectors.initial(spec, (d_in, d_out), 1, torch.Generator().manual_seed(seed))
-    params = connectors.select(fresh, 0)
     both, last = 2 * rank, 2 * spec.depth
+    params = _fresh(spec, (d_in, d_out), None if both == hidden else seed)
     params["0.weight"][:both] = torch.cat([reads, -reads]).float()
     for layer in range(spec.depth + 1):
         weight, bias = params[f"{2 * layer}.weight"], params[f"{2 * layer}.bias"]
@@ -64,6 +63,17 @@ def as_connector(state: dict[str, Tensor], spec: ConnectorSpec, seed: int = 0) -
     params[f"{last}.weight"].zero_()
     params[f"{last}.weight"][:, :both] = torch.cat([writes, -writes], 1).float()
     params[f"{last}.bias"] = state["0.bias"].detach().float().cpu().clone()
+    return params
+
+
+def _fresh(spec: ConnectorSpec, shape: tuple[int, int], seed: int | None) -> dict[str, Tensor]:
+    """A new connector of this seed; zeros for None, where nothing new would be left of it."""
+    if seed is not None:
+        return connectors.select(connectors.initial(spec, shape, 1, torch.Generator().manual_seed(seed)), 0)
+    params = {}
+    for layer in spec.layers(*shape):
+        params[f"{layer.index}.weight"] = torch.zeros(layer.fan_out, layer.fan_in)
+        params[f"{layer.index}.bias"] = torch.zeros(layer.fan_out)
     return params
 
 

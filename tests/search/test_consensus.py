@@ -1,5 +1,6 @@
 """The consensus of all models against sample-space algebra in numpy, and what more views are good for."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,7 @@ def test_it_is_the_sum_over_paths_through_the_components(
     monkeypatch.setattr(consensus, "ALL_AXES", 1)
     monkeypatch.setattr(consensus, "LEAST_AXES", axes)
     monkeypatch.setattr(consensus, "RANK", rank)
+    monkeypatch.setattr(consensus, "LEAST_SHARE", math.inf)  # all in float64, as the reference
     plain = one_caption_each(task)
     theirs = by_samples(plain, strength, axes, rank)
     for index, state in enumerate(forms(plain, strength=strength).states):
@@ -75,6 +77,30 @@ def test_it_is_the_sum_over_paths_through_the_components(
         np.testing.assert_allclose(
             ours / np.linalg.norm(ours), theirs[index] / np.linalg.norm(theirs[index]), atol=2e-6
         )
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_products_in_float32_say_the_same(
+    task: VLMTask, size: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of any size, with a mean that dominates them, too."""
+    images: list[FeatureRows] = [size * (x[torch.arange(len(x))] + offset) for x in task.images]
+    moved = replace(task, images=images)
+    assert consensus.products_of(1.0, len(moved.train)) is torch.float32
+    quick = forms(moved).states
+    monkeypatch.setattr(consensus, "LEAST_SHARE", math.inf)
+    for ours, exact in zip(quick, forms(moved).states, strict=True):
+        assert ours["0.weight"].isfinite().all()
+        for name in exact:
+            gap = (ours[name].double() - exact[name].double()).norm() / exact[name].double().norm()
+            assert gap < 2e-5
+
+
+def test_a_weak_regularisation_takes_float64(task: VLMTask) -> None:
+    pictures = len(task.train)
+    assert consensus.products_of(1e-5 * pictures, pictures) is torch.float32
+    assert consensus.products_of(0.9e-5 * pictures, pictures) is torch.float64
 
 
 @pytest.mark.parametrize("count", [1, 5, 20])
