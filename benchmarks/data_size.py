@@ -29,11 +29,11 @@ from hyma_mllm.search.ranking import interval
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
     from benchmarks import fidelity, measure
-    from benchmarks.fidelity import Contestant
+    from benchmarks.contestants import Contestant
 else:
     import fidelity
     import measure
-    from fidelity import Contestant
+    from contestants import Contestant
 
 HYMA = Contestant("hyma", "hyma", {"steps": 16})
 CONTESTANTS = (

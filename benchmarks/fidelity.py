@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,29 +38,35 @@ from hyma_mllm.objectives.contrastive import ContrastiveObjective
 from hyma_mllm.paths import write_text
 from hyma_mllm.run_directory import RunDirectory
 from hyma_mllm.search.budget import Budget
-from hyma_mllm.search.closed_form import ClosedFormConfig
-from hyma_mllm.search.config import Method, PolishConfig
+from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.free import labels_of
 from hyma_mllm.search.interrupt import StopRequest
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.mllm_prepare import prepare_mllm
 from hyma_mllm.search.mllm_score import score_answers
-from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.placement import Placement
 from hyma_mllm.search.prepare import prepare, split_rows
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
     from benchmarks import fidelity_report, measure, oracle
+    from benchmarks.contestants import ABLATIONS, CONTESTANTS, Contestant
 else:
     import fidelity_report
     import measure
     import oracle
+    from contestants import ABLATIONS, CONTESTANTS, Contestant
 
 FAMILIES = {
     ("vlm", False): ["linear", "mlp1"],
     ("vlm", True): ["linear"],
     ("mllm", False): ["mlp1"],
     ("mllm", True): ["mlp1"],
+}
+SHARES = {
+    ("vlm", False): [0.0125, 0.025, 0.05, 0.1],
+    ("vlm", True): [0.05],
+    ("mllm", False): [0.0125, 0.025, 0.05, 0.1],
+    ("mllm", True): [0.2],
 }
 MLLM_SIZES = {"steps": 40, "batch": 8, "validation": 60, "test": 150}
 """Of a quick MLLM case: the plain grid's steps and batch, validation questions, and those of the test that ranks.
@@ -69,27 +75,6 @@ Without `--quick` and `--steps` the recipe's own sizes and tests hold.
 """
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A method with what is changed of the configuration.
-
-    Attributes:
-        label: in tables and file names.
-        method: its name in the search.
-        search: keys of `search` that differ.
-        hypernetwork: keys of `hypernetwork` that differ.
-        trains: whether it takes a budget; the others cost what they cost, once.
-        rows: share of the training pictures that it sees, drawn at random.
-    """
-
-    label: str
-    method: Method
-    search: dict[str, Any] = field(default_factory=dict)
-    hypernetwork: dict[str, Any] = field(default_factory=dict)
-    trains: bool = True
-    rows: float = 1.0
 
 
 @dataclass
@@ -105,51 +90,6 @@ class Bench:
     make: Callable[..., Search]
     unit: oracle.Unit
     about: dict[str, Any]
-
-
-POLISH = PolishConfig(top=2, steps=50, optimiser=OptimiserConfig(lr=5e-4))
-VLM = (
-    Contestant("hyma", "hyma"),
-    Contestant("hyma, best pairs polished", "hyma", {"polish": POLISH}),
-    Contestant("hyma, whitened start", "hyma", {"closed_form": ClosedFormConfig("whitened")}),
-    Contestant("hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}),
-    Contestant(
-        "hyma as published", "hyma", {"sampler": "cyclic", "optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "hyma"}
-    ),
-    Contestant("constrained grid", "constrained-grid"),
-    Contestant("constrained grid, a third of the data", "constrained-grid", rows=1 / 3),
-    Contestant(
-        "one connector per shape",
-        "hyma",
-        {"optimiser": OptimiserConfig(lr=3e-3)},
-        {"preset": "default", "base": "shape", "alpha": 1e-6},
-    ),
-    Contestant("constrained grid, whitened start", "constrained-grid", {"warm_start": "whitened"}),
-    Contestant("constrained grid, consensus start", "constrained-grid", {"warm_start": "consensus"}),
-    Contestant("successive halving", "halving"),
-    Contestant("Mordal-style", "mordal"),
-    Contestant("random", "random"),
-    Contestant("ridge", "ridge", trains=False),
-    Contestant("whitened", "whitened", trains=False),
-    Contestant("consensus", "consensus", trains=False),
-    Contestant("CKA", "cka", trains=False),
-    Contestant("mutual k-NN", "mutual-knn", trains=False),
-    Contestant("CCA", "cca", trains=False),
-    Contestant("Gromov-Wasserstein", "gromov-wasserstein", trains=False),
-    Contestant("uni-modal", "unimodal", trains=False),
-)
-
-MLLM = (
-    Contestant("hyma", "hyma"),
-    Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3}),
-    Contestant("hyma, no closed form", "hyma", {}, {"preset": "default"}),
-    Contestant("hyma as published", "hyma", {"sampler": "cyclic", "pairs_per_visit": 3}, {"preset": "hyma"}),
-    Contestant("constrained grid", "constrained-grid"),
-    Contestant("constrained grid, words start", "constrained-grid", {"warm_start": "words"}),
-    Contestant("words", "words", trains=False),
-    Contestant("successive halving", "halving"),
-    Contestant("random", "random"),
-)
 
 
 def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
@@ -171,8 +111,8 @@ def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     def make(changes: dict[str, Any], scale: float | None = None, hypernetwork: dict[str, Any] | None = None) -> Search:
         objective = replace(config.objective, scale=scale or config.objective.scale)
         # Polishing is a contestant of its own, whatever the recipe says.
-        values: dict[str, Any] = {"methods": ["hyma"], "polish": PolishConfig()} | changes
-        searching = replace(config.search, evaluate_every=0, checkpoint_every=0, **values)
+        values: dict[str, Any] = {"methods": ["hyma"], "polish": PolishConfig(), "evaluate_every": 0} | changes
+        searching = replace(config.search, checkpoint_every=0, **values)
         parts = asdict(config.hypernetwork) | (hypernetwork or {})
         return Search(
             searching, HypernetworkConfig(**parts), partial(ContrastiveObjective, objective), prepared.task,
@@ -294,7 +234,7 @@ def same_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         HymaError: they are there, of other settings.
     """
-    path, free = arguments.run / "settings.json", {"run", "out", "only", "shares", "connectors", "threads"}
+    path, free = arguments.run / "settings.json", {"run", "out", "only", "ablation", "shares", "connectors", "threads"}
     wanted = {name: value for name, value in vars(arguments).items() if name not in free}
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))) != wanted:
         differ = ", ".join(sorted(key for key in kept | wanted if kept.get(key) != wanted.get(key)))
@@ -313,9 +253,8 @@ def main() -> None:
         "--out", type=Path, help="JSON file for the numbers and the machine; the picture lies beside it"
     )
     parser.add_argument("--connectors", nargs="+", help="default linear and mlp1, for an MLLM mlp1")
-    parser.add_argument(
-        "--shares", nargs="+", type=float, default=[0.0125, 0.025, 0.05, 0.1], help="of the plain grid's FLOPs"
-    )
+    parser.add_argument("--shares", nargs="+", type=float, help="budgets, as shares of the plain grid's FLOPs")
+    parser.add_argument("--ablation", action="store_true", help="HYMA with one thing changed, instead of rivals")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split-seed", type=int, default=2)
     parser.add_argument("--limit", type=int, default=0, help="training pictures; 0 for all")
@@ -331,8 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="labels of contestants")
     arguments = parser.parse_args()
     arguments.connectors = arguments.connectors or FAMILIES[arguments.case, arguments.quick]
-    if arguments.quick:
-        arguments.shares = [0.05] if arguments.case == "vlm" else [0.2]
+    arguments.shares = arguments.shares or SHARES[arguments.case, arguments.quick]
     sized = [f"--{name}" for name in MLLM_SIZES if getattr(arguments, name)]
     if sized and (arguments.case == "vlm" or not (arguments.quick or arguments.steps)):
         parser.error(f"{', '.join(sized)} would not be read: sizes are of --case mllm, with --quick or --steps")
@@ -351,7 +289,8 @@ def main() -> None:
     hide_loading_bars()
     machine = measure.machine("cuda" if torch.cuda.is_available() else "cpu")
     bench = BENCHES[arguments.case](arguments, keeper(arguments.run / "units"))
-    chosen = [one for one in CONTESTANTS[arguments.case] if not arguments.only or one.label in arguments.only]
+    field = (ABLATIONS if arguments.ablation else CONTESTANTS)[arguments.case]
+    chosen = [one for one in field if not arguments.only or one.label in arguments.only]
     found = run_case(bench, chosen, arguments)
     result = {
         "machine": machine,
@@ -370,7 +309,6 @@ def main() -> None:
 
 
 BENCHES = {"vlm": vlm_bench, "mllm": mllm_bench}
-CONTESTANTS = {"vlm": VLM, "mllm": MLLM}
 
 if __name__ == "__main__":
     main()

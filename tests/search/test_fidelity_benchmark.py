@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hyma_mllm import launch
 from hyma_mllm.errors import HymaError
+from hyma_mllm.hypernetwork.presets import HypernetworkConfig
+from hyma_mllm.mllm import MLLMConfig
 from hyma_mllm.search.budget import Budget
+from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.ranking import compare, spearman
+from hyma_mllm.vlm import VLMConfig
 
 
 @pytest.fixture
@@ -139,3 +145,19 @@ def test_a_picture_of_one_cost_has_an_axis(fidelity: ModuleType, tmp_path: Path)
     fidelity.fidelity_report._panel(axes, costs, "mean score")
     low, high = axes.get_xlim()
     assert 0 < low < 0.2 < 1 < high
+
+
+@pytest.mark.parametrize("case", ["vlm", "mllm"])
+def test_ablations_can_be_built_and_differ(fidelity: ModuleType, case: str) -> None:
+    """As changes of the recipe: no two come to the same search."""
+    kind: Any = {"vlm": VLMConfig, "mllm": MLLMConfig}[case]
+    recipe = launch.parse(kind, fidelity.RECIPES / f"{case}.yaml", arguments=[])[0]
+    search = replace(recipe.search, polish=PolishConfig())
+    rows = fidelity.ABLATIONS[case]
+    assert len({row.label for row in rows}) == len(rows)
+    built = set()
+    for row in rows:
+        network = HypernetworkConfig(**asdict(recipe.hypernetwork) | row.hypernetwork)
+        built.add(repr((replace(search, **row.search), network)))
+    assert len(built) == len(rows)
+    assert rows[0] == fidelity.CONTESTANTS[case][0]
