@@ -31,11 +31,18 @@ class Contestant:
 
 
 POLISH = PolishConfig(top=2, steps=50, optimiser=OptimiserConfig(lr=5e-4))
+HYMA = Contestant("hyma", "hyma")
+"""As the recipe of the case has it."""
+POLISHED = Contestant("hyma, best pairs polished", "hyma", {"polish": POLISH})
+WHITENED_START = Contestant("hyma, whitened start", "hyma", {"closed_form": ClosedFormConfig("whitened")})
+NO_CLOSED_FORM = Contestant(
+    "hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}
+)
 VLM = (
-    Contestant("hyma", "hyma"),
-    Contestant("hyma, best pairs polished", "hyma", {"polish": POLISH}),
-    Contestant("hyma, whitened start", "hyma", {"closed_form": ClosedFormConfig("whitened")}),
-    Contestant("hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}),
+    HYMA,
+    POLISHED,
+    WHITENED_START,
+    NO_CLOSED_FORM,
     Contestant(
         "hyma as published",
         "hyma",
@@ -66,10 +73,12 @@ VLM = (
     Contestant("uni-modal", "unimodal", trains=False),
 )
 
+STEP_A_VISIT = Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3})
+RANDOM_START = Contestant("hyma, no closed form", "hyma", {}, {"preset": "default"})
 MLLM = (
-    Contestant("hyma", "hyma"),
-    Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3}),
-    Contestant("hyma, no closed form", "hyma", {}, {"preset": "default"}),
+    HYMA,
+    STEP_A_VISIT,
+    RANDOM_START,
     Contestant("hyma as published", "hyma", {"sampler": "cyclic", "pairs_per_visit": 3}, {"preset": "hyma"}),
     Contestant("constrained grid", "constrained-grid"),
     Contestant("constrained grid, words start", "constrained-grid", {"warm_start": "words"}),
@@ -88,33 +97,32 @@ def _changed(
     return Contestant(label, "hyma", {**base.search, **(search or {})}, {**base.hypernetwork, **(hypernetwork or {})})
 
 
-_WITH, _WITHOUT = VLM[0], VLM[3]
 _STABLE = {"stability": StabilityConfig(threshold=0.95, times=2), "evaluate_every": 5}
 
 ABLATIONS = {
     "vlm": (
-        _WITH,
-        _changed("whitened start", _WITH, {"closed_form": ClosedFormConfig("whitened")}),
-        _changed("ridge start", _WITH, {"closed_form": ClosedFormConfig("ridge")}),
-        _changed("all of the way from the start", _WITH, {"blend": [1.0]}),
-        _changed("best pairs polished", _WITH, {"polish": POLISH}),
-        _WITHOUT,
-        _changed("no closed form, a row per pair", _WITHOUT, {}, {"condition": "pair"}),
-        _changed("no closed form, base per shape", _WITHOUT, {}, {"base": "shape"}),
-        _changed("no closed form, dense head", _WITHOUT, {}, {"head": "dense"}),
-        _changed("no closed form, chunked head", _WITHOUT, {}, {"head": "chunked"}),
-        _changed("no closed form, all pairs a step", _WITHOUT, {"sampler": "fair"}),
-        _changed("no closed form, cyclic steps of 9", _WITHOUT, {"sampler": "cyclic", "pairs_per_visit": 9}),
-        _changed("no closed form, stops when stable", _WITHOUT, _STABLE),
-        _changed("no closed form, polished", _WITHOUT, {"polish": POLISH}),
+        HYMA,
+        WHITENED_START,
+        _changed("ridge start", HYMA, {"closed_form": ClosedFormConfig("ridge")}),
+        _changed("all of the way from the start", HYMA, {"blend": [1.0]}),
+        POLISHED,
+        NO_CLOSED_FORM,
+        _changed("no closed form, a row per pair", NO_CLOSED_FORM, {}, {"condition": "pair"}),
+        _changed("no closed form, base per shape", NO_CLOSED_FORM, {}, {"base": "shape"}),
+        _changed("no closed form, dense head", NO_CLOSED_FORM, {}, {"head": "dense"}),
+        _changed("no closed form, chunked head", NO_CLOSED_FORM, {}, {"head": "chunked"}),
+        _changed("no closed form, all pairs a step", NO_CLOSED_FORM, {"sampler": "fair"}),
+        _changed("no closed form, cyclic steps of 9", NO_CLOSED_FORM, {"sampler": "cyclic", "pairs_per_visit": 9}),
+        _changed("no closed form, stops when stable", NO_CLOSED_FORM, _STABLE),
+        _changed("no closed form, polished", NO_CLOSED_FORM, {"polish": POLISH}),
     ),
     "mllm": (
-        MLLM[0],
-        _changed("random start", MLLM[0], {}, {"preset": "default"}),
-        _changed("a step a visit", MLLM[0], {"sampler": "round", "pairs_per_visit": 3}),
-        _changed("rate of 3e-3", MLLM[0], {"optimiser": OptimiserConfig(lr=3e-3)}),
-        _changed("rank 32", MLLM[0], {}, {"rank": 32}),
-        _changed("best pair polished", MLLM[0], {"polish": PolishConfig(1, 20, OptimiserConfig(lr=5e-3))}),
+        HYMA,
+        RANDOM_START,
+        STEP_A_VISIT,
+        _changed("rate of 3e-3", HYMA, {"optimiser": OptimiserConfig(lr=3e-3)}),
+        _changed("rank 32", HYMA, {}, {"rank": 32}),
+        _changed("best pair polished", HYMA, {"polish": PolishConfig(1, 20, OptimiserConfig(lr=5e-3))}),
     ),
 }
 """HYMA as it is, and with one thing changed."""

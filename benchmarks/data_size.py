@@ -24,21 +24,20 @@ from tqdm import tqdm
 from hyma_mllm.command import hide_loading_bars
 from hyma_mllm.paths import write_text
 from hyma_mllm.search.budget import Budget
-from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.ranking import interval
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
     from benchmarks import fidelity, measure
-    from benchmarks.contestants import Contestant
+    from benchmarks.contestants import NO_CLOSED_FORM, Contestant
 else:
     import fidelity
     import measure
-    from contestants import Contestant
+    from contestants import NO_CLOSED_FORM, Contestant
 
 HYMA = Contestant("hyma", "hyma", {"steps": 16})
 CONTESTANTS = (
     HYMA,
-    Contestant("hyma, no closed form", "hyma", {"optimiser": OptimiserConfig(lr=3e-3)}, {"preset": "default"}),
+    NO_CLOSED_FORM,
     Contestant("grid", "grid"),
     Contestant("constrained grid", "constrained-grid"),
     Contestant("ridge", "ridge", trains=False),

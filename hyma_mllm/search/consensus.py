@@ -15,7 +15,7 @@ the noise in C's eigenvalues, and so gets weaker with more data. The work is tha
 pairs: a pair adds one product of thin matrices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ def consensus_parts(task: VLMTask, found: Moments, strength: float) -> Parts:
     whitening = [whitened_axes(*given).to(found.products) for given in zip(models, strengths, axes, strict=True)]
     components = _components(task, found, whitening, rank).to(found.products)
     joint = [model.covariance.new_zeros(len(model.mean), rank) for model in models]
-    for rows in _centred(task, found):
+    for rows in centred_rows(task, found):
         u = _along(whitening, rows) @ components
         for total, x in zip(joint, rows, strict=True):
             total += x.T @ u
@@ -104,17 +104,11 @@ def _components(task: VLMTask, found: Moments, whitening: Sequence[Tensor], rank
     """The leading eigenvectors [axes, rank] of the covariance of all models' axes."""
     width = sum(matrix.shape[1] for matrix in whitening)
     square = torch.zeros(width, width, dtype=torch.float64, device=whitening[0].device if whitening else None)
-    for rows in _centred(task, found):
+    for rows in centred_rows(task, found):
         z = _along(whitening, rows)
         add_upper(square, z, z)
     vectors: Tensor = torch.linalg.eigh(mirrored(square) / len(found.rows)).eigenvectors
     return vectors.flip(1)[:, :rank]
-
-
-def _centred(task: VLMTask, found: Moments) -> Iterator[list[Tensor]]:
-    """`centred_rows` in the precision of the products; they were centred in float64, so that no mean drowns them."""
-    for rows in centred_rows(task, found):
-        yield [x.to(found.products) for x in rows]
 
 
 def _along(whitening: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

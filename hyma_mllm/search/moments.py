@@ -133,8 +133,8 @@ def centred_rows(task: VLMTask, found: Moments) -> Iterator[list[Tensor]]:
     """The training rows again, less their means: of the image models, then the text models of `found`.
 
     Yields:
-        Per chunk of training pictures, [pictures, width] float64 of each model; a text row is the mean of the
-        picture's captions.
+        Per chunk of training pictures, [pictures, width] of each model, in the precision of the products but centred
+        in float64, so that no mean drowns them; a text row is the mean of the picture's captions.
     """
     counts = task.first_caption[1:] - task.first_caption[:-1]
     for chunk in torch.split(found.rows, CHUNK_PICTURES):
@@ -144,7 +144,7 @@ def centred_rows(task: VLMTask, found: Moments) -> Iterator[list[Tensor]]:
             said = _wide(task.texts[t][captions]) - model.mean
             shares = (1 / counts[chunk][owner].double()).to(said.device)
             rows.append(_per_picture(said * shares[:, None], owner, chunk))
-        yield rows
+        yield [x.to(found.products) for x in rows]
 
 
 def add_upper(square: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,14 +1,11 @@
 """What the benchmark of the causal step makes of its measurements."""
 
-import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 SECONDS = {"search": 2.0, "search, small": 3.0, "llava": 6.0, "llava, no tower": 5.0}
 PEAKS = {"search": 900, "search, small": 400, "llava": 880, "llava, no tower": 860}
 
@@ -21,13 +18,8 @@ class Silent:
 
 
 @pytest.fixture
-def causal(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in ("causal_step", "causal_ground", "measure"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import causal_step
-
-    return causal_step
+def causal(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("causal_step")
 
 
 @pytest.fixture
