@@ -1,12 +1,17 @@
 """Who competes in `fidelity.py`: HYMA, its rivals, and HYMA with one thing changed."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from hyma_mllm.search.closed_form import ClosedFormConfig
 from hyma_mllm.search.config import Method, PolishConfig
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.stability import StabilityConfig
+
+if TYPE_CHECKING:
+    from benchmarks.orders import Order
+else:
+    from orders import Order
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class Contestant:
         hypernetwork: keys of `hypernetwork` that differ.
         trains: whether it takes a budget; the others cost what they cost, once.
         rows: share of the training pictures that it sees, drawn at random.
+        order: what it orders the pairs by.
+        trained_as: label of the contestant whose training this only reads in another way; none for its own.
     """
 
     label: str
@@ -28,6 +35,8 @@ class Contestant:
     hypernetwork: dict[str, Any] = field(default_factory=dict)
     trains: bool = True
     rows: float = 1.0
+    order: Order = "own"
+    trained_as: str = ""
 
 
 POLISH = PolishConfig(top=2, steps=50, optimiser=OptimiserConfig(lr=5e-4))
@@ -74,6 +83,7 @@ VLM = (
 )
 
 STEP_A_VISIT = Contestant("hyma, a step a visit", "hyma", {"sampler": "round", "pairs_per_visit": 3})
+MLLM_POLISH = PolishConfig(top=1, steps=20, optimiser=OptimiserConfig(lr=5e-3))
 RANDOM_START = Contestant("hyma, no closed form", "hyma", {}, {"preset": "default"})
 MLLM = (
     HYMA,
@@ -87,6 +97,9 @@ MLLM = (
     Contestant("random", "random"),
 )
 
+LANDMARKS = {"vlm": POLISH, "mllm": MLLM_POLISH}
+"""How a landmark is trained on alone."""
+
 CONTESTANTS = {"vlm": VLM, "mllm": MLLM}
 
 
@@ -95,6 +108,11 @@ def _changed(
 ) -> Contestant:
     """HYMA as `base` has it, with one thing changed."""
     return Contestant(label, "hyma", {**base.search, **(search or {})}, {**base.hypernetwork, **(hypernetwork or {})})
+
+
+def _read(base: Contestant, order: Order) -> Contestant:
+    """HYMA as `base` has it, its pairs ordered by something else that its training left behind."""
+    return replace(base, label=f"{base.label}, by {order}", order=order, trained_as=base.label)
 
 
 _STABLE = {"stability": StabilityConfig(threshold=0.95, times=2), "evaluate_every": 5}
@@ -106,7 +124,15 @@ ABLATIONS = {
         _changed("ridge start", HYMA, {"closed_form": ClosedFormConfig("ridge")}),
         _changed("all of the way from the start", HYMA, {"blend": [1.0]}),
         POLISHED,
+        replace(HYMA, label="order with a prior", order="prior"),
+        replace(HYMA, label="order calibrated by landmarks", order="landmarks"),
         NO_CLOSED_FORM,
+        replace(NO_CLOSED_FORM, label="no closed form, with a prior", order="prior"),
+        replace(
+            _changed("no closed form, ranks of checkpoints averaged", NO_CLOSED_FORM, {"evaluate_every": 5}),
+            order="checkpoints",
+        ),
+        replace(NO_CLOSED_FORM, label="no closed form, calibrated by landmarks", order="landmarks"),
         _changed("no closed form, a row per pair", NO_CLOSED_FORM, {}, {"condition": "pair"}),
         _changed("no closed form, base per shape", NO_CLOSED_FORM, {}, {"base": "shape"}),
         _changed("no closed form, dense head", NO_CLOSED_FORM, {}, {"head": "dense"}),
@@ -122,7 +148,12 @@ ABLATIONS = {
         STEP_A_VISIT,
         _changed("rate of 3e-3", HYMA, {"optimiser": OptimiserConfig(lr=3e-3)}),
         _changed("rank 32", HYMA, {}, {"rank": 32}),
-        _changed("best pair polished", HYMA, {"polish": PolishConfig(1, 20, OptimiserConfig(lr=5e-3))}),
+        _changed("best pair polished", HYMA, {"polish": MLLM_POLISH}),
+        replace(HYMA, label="order calibrated by landmarks", order="landmarks"),
+        replace(_changed("ranks of checkpoints averaged", HYMA, {"evaluate_every": 8}), order="checkpoints"),
+        _read(HYMA, "gain over blind"),
+        _read(HYMA, "loss"),
+        _read(HYMA, "loss gain"),
     ),
 }
 """HYMA as it is, and with one thing changed."""

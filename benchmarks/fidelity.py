@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -48,13 +48,14 @@ from hyma_mllm.search.placement import Placement
 from hyma_mllm.search.prepare import prepare, split_rows
 
 if TYPE_CHECKING:  # mypy takes the folder for a package; a script that is run finds what stands beside it
-    from benchmarks import fidelity_report, measure, oracle
-    from benchmarks.contestants import ABLATIONS, CONTESTANTS, Contestant
+    from benchmarks import fidelity_report, measure, oracle, orders
+    from benchmarks.contestants import ABLATIONS, CONTESTANTS, LANDMARKS, Contestant
 else:
     import fidelity_report
     import measure
     import oracle
-    from contestants import ABLATIONS, CONTESTANTS, Contestant
+    import orders
+    from contestants import ABLATIONS, CONTESTANTS, LANDMARKS, Contestant
 
 FAMILIES = {
     ("vlm", False): ["linear", "mlp1"],
@@ -85,11 +86,13 @@ class Bench:
         make: (changes of search, scale of the logits, changes of hypernetwork) -> a search.
         unit: keeps what is finished.
         about: of the data, for the result.
+        case: `vlm` or `mllm`.
     """
 
     make: Callable[..., Search]
     unit: oracle.Unit
     about: dict[str, Any]
+    case: Literal["vlm", "mllm"] = "vlm"
 
 
 def vlm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
@@ -163,22 +166,25 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
         "splits": splits,
         "blind": {name: task.blind(name) for name in task.tests},
     }
-    return Bench(make, unit, about)
+    return Bench(make, unit, about, "mllm")
 
 
 def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Budget) -> dict[str, Any]:
-    """One run of a contestant: its order of the pairs, its scores, its bill."""
+    """One run of a contestant: its order of the pairs, its scores, its bill; of an MLLM its losses too."""
     changes = dict(one.search) | ({"budget": budget} if one.trains else {})
     search = bench.make(changes, None, one.hypernetwork)
     if one.rows < 1:
         drawn = torch.randperm(len(search.task.train), generator=torch.Generator().manual_seed(seed))
         few = search.task.train[drawn[: round(one.rows * len(drawn))]]
         search.task = replace(search.task, train=few)  # type: ignore[type-var]
+    looks: list[list[float]] = []
+    if one.order == "checkpoints":
+        search.task, looks = orders.watched(search.task)
     found = search.run_method(one.method, connector, seed, None)
     bill = found.ledger.total()
     training = found.ledger.phases.get("training")
-    scores = next(iter(found.ranking.scores.values()), None)
-    return {
+    task, scores = next(iter(found.ranking.scores.items()), ("", None))
+    record: dict[str, Any] = {
         "label": one.label,
         "connector": connector,
         "seed": seed,
@@ -191,6 +197,16 @@ def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Bu
         "samples_per_pair": training.samples_per_pair if training else 0.0,
         "steps": training.steps if training else 0,
     }
+    if looks:
+        record["order_by"] = orders.averaged(looks)
+    if one.order in ("landmarks", "prior"):
+        if one.order == "landmarks":
+            record["order_by"], extra = orders.by_landmarks(search, connector, seed, found, LANDMARKS[bench.case])
+        else:
+            record["order_by"], extra = orders.with_prior(search, seed, found)
+        record |= {"flops": record["flops"] + extra.flops, "seconds": record["seconds"] + extra.seconds}
+    details = {"loss": "validation loss", "blind loss": "blind validation loss", "blind": f"blind {task}"}
+    return record | {name: found.ranking.details[key] for name, key in details.items() if key in found.ranking.details}
 
 
 def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -209,9 +225,10 @@ def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argpars
         ]
         for one, share, seed in tqdm(todo, desc=f"{connector}: contestants", unit="run"):
             budget = Budget(flops=share * found.flops if share else None)
-            name = f"{one.label}-{connector}-{share:g}-{seed}"
+            name = f"{one.trained_as or one.label}-{connector}-{share:g}-{seed}"
             result = bench.unit(name, partial(compete, bench, one, connector, seed, budget))
-            runs.append(result | {"share": share})
+            order = orders.READINGS[one.order](result) if one.trained_as else result["order_by"]
+            runs.append(result | {"share": share, "label": one.label, "order_by": order})
     return {"oracle": oracles, "runs": runs}
 
 

@@ -67,6 +67,8 @@ def _line(
         "seconds": interval([run["seconds"] / oracle["seconds"] for run in runs]),
         **compare([run["order_by"] for run in runs], oracle["scores"]),
     }
+    if "loss" in runs[0]:
+        line["validation loss"] = interval([float(np.mean(run["loss"])) for run in runs])
     if runs[0]["test"] is not None:
         picks = [int(np.argmax(run["validation"])) for run in runs]
         line["mean score"] = interval([float(np.mean(run["test"])) for run in runs])
@@ -85,14 +87,16 @@ def table(result: Mapping[str, Any], connector: str) -> Table:
     lines_ = [line for line in result["table"] if line["connector"] == connector]
     found = Table(title=f"{connector}, {about['pairs']} pairs, {about['splits']['train']} training pictures")
     names = ["method", "cost, plain grid = 1", "seconds", *(name for _, name in SHOWN)]
+    of_scores = ["mean score", "best score", "handed over", "over closed forms"]
     names += ["mean score", "best score", "handed over - oracle", "- closed forms"]
+    losses = any("validation loss" in line for line in lines_)
+    names += ["validation loss"] if losses else []
     for name in names:
         found.add_column(name, justify="left" if name == "method" else "right")
     for line in sorted(lines_, key=lambda line: (line["label"], line["share"])):
         values = [_written(line.get(key), 3 if key != "regret" else 1) for key, _ in SHOWN]
-        values += [
-            _written(line.get(key), 1) for key in ("mean score", "best score", "handed over", "over closed forms")
-        ]
+        values += [_written(line.get(key), 1) for key in of_scores]
+        values += [_written(line.get("validation loss"), 2)] if losses else []
         found.add_row(line["label"], _ratio(line["cost"]), _ratio(line["seconds"]), *values)
     return found
 

@@ -149,7 +149,7 @@ def test_a_picture_of_one_cost_has_an_axis(fidelity: ModuleType, tmp_path: Path)
 
 @pytest.mark.parametrize("case", ["vlm", "mllm"])
 def test_ablations_can_be_built_and_differ(fidelity: ModuleType, case: str) -> None:
-    """As changes of the recipe: no two come to the same search."""
+    """As changes of the recipe: no two come to the same search, or to another order of one search's pairs."""
     kind: Any = {"vlm": VLMConfig, "mllm": MLLMConfig}[case]
     recipe = launch.parse(kind, fidelity.RECIPES / f"{case}.yaml", arguments=[])[0]
     search = replace(recipe.search, polish=PolishConfig())
@@ -158,6 +158,8 @@ def test_ablations_can_be_built_and_differ(fidelity: ModuleType, case: str) -> N
     built = set()
     for row in rows:
         network = HypernetworkConfig(**asdict(recipe.hypernetwork) | row.hypernetwork)
-        built.add(repr((replace(search, **row.search), network)))
+        built.add(repr((replace(search, **row.search), network, row.order)))
     assert len(built) == len(rows)
     assert rows[0] == fidelity.CONTESTANTS[case][0]
+    trained = {row.label for row in rows}
+    assert all(row.order in fidelity.orders.READINGS and row.trained_as in trained for row in rows if row.trained_as)
