@@ -26,6 +26,7 @@ class Contestant:
         trains: whether it takes a budget; the others cost what they cost, once.
         rows: share of the training pictures that it sees, drawn at random.
         order: what it orders the pairs by.
+        families: of connectors that it can make; none for all.
         trained_as: label of the contestant whose training this only reads in another way; none for its own.
     """
 
@@ -36,6 +37,7 @@ class Contestant:
     trains: bool = True
     rows: float = 1.0
     order: Order = "own"
+    families: tuple[str, ...] = ()
     trained_as: str = ""
 
 
@@ -58,6 +60,13 @@ VLM = (
         # A third of the pairs a step, as the authors take 9 of 27.
         {"sampler": "cyclic", "pairs_per_visit": 9, "optimiser": OptimiserConfig(lr=3e-3)},
         {"preset": "hyma"},
+    ),
+    Contestant(
+        "Hyper-Align as published",
+        "hyma",
+        {"sampler": "cyclic", "pairs_per_visit": 9, "optimiser": OptimiserConfig(lr=3e-3)},
+        {"preset": "hyper-align"},
+        families=("linear",),
     ),
     Contestant("constrained grid", "constrained-grid"),
     Contestant("constrained grid, a third of the data", "constrained-grid", rows=1 / 3),

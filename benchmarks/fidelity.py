@@ -220,6 +220,7 @@ def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argpars
         todo = [
             (one, share, seed)
             for one in contestants
+            if not one.families or connector in one.families
             for share in (arguments.shares if one.trains else [0.0])
             for seed in range(arguments.seeds if one.trains else 1)
         ]

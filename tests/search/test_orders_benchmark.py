@@ -115,8 +115,9 @@ def test_another_reading_of_a_training_trains_nothing(
         fidelity.Contestant(order, "hyma", order=order, trained_as="hyma")
         for order in ("gain over blind", "loss", "loss gain")
     ]
+    elsewhere = fidelity.Contestant("of another family", "hyma", families=("mlp1",))
     arguments = Namespace(case="vlm", quick=True, candidates=[], connectors=["linear"], shares=[0.5], seeds=1)
-    runs = fidelity.run_case(bench, [base, *readings], arguments)["runs"]
+    runs = fidelity.run_case(bench, [base, elsewhere, *readings], arguments)["runs"]
     assert trained == ["hyma"]
     assert {run["label"]: run["order_by"] for run in runs} == {
         "hyma": [5.0, 10.0],
