@@ -1,6 +1,6 @@
 """What the step benchmarks share."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,12 +23,8 @@ print(json.dumps({"before": before, "peak": measure.peak("cpu")}))
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "measure", raising=False)
-    import measure
-
-    return measure
+def measure(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("measure")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark of the peak is reset on Linux only")

@@ -1,7 +1,6 @@
 """The stress set: its faults are what they say, its judgement sees what it must, and a stopped table goes on."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,10 @@ from torch import Tensor
 
 from hyma_mllm.errors import HymaError
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def stability() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        for name in ("measure", "stress_set", "stability"):
-            patch.delitem(sys.modules, name, raising=False)
-        import stability
-
-        yield stability
+@pytest.fixture
+def stability(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("stability")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,8 @@
 """A small synthetic search: encoders are random views of shared latents, so that a connector has something to learn."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from hyma_mllm.search.methods import Search, SearchConfig
 from hyma_mllm.search.optimiser import OptimiserConfig
 from hyma_mllm.search.task import VLMTask, ZeroShotSet
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 LATENT = 12
 PICTURES = 120
 CLASSES = 4
@@ -114,12 +110,3 @@ def search(task: VLMTask, tmp_path: Path, accelerator: Accelerator) -> Callable[
         return Search(config, network, objective, task, *means, accelerator, run, StopRequest())
 
     return make
-
-
-@pytest.fixture
-def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a script of benchmarks/ by its name: it and what it imports from there are new to each test."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for script in SCRIPTS.glob("*.py"):
-        monkeypatch.delitem(sys.modules, script.stem, raising=False)
-    return importlib.import_module
