@@ -41,6 +41,7 @@ from hyma_mllm.search.budget import Budget
 from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.free import labels_of
 from hyma_mllm.search.interrupt import StopRequest
+from hyma_mllm.search.ledger import Cost
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.mllm_prepare import prepare_mllm
 from hyma_mllm.search.mllm_score import score_answers
@@ -197,14 +198,14 @@ def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Bu
         "samples_per_pair": training.samples_per_pair if training else 0.0,
         "steps": training.steps if training else 0,
     }
-    if looks:
+    extra = Cost()
+    if one.order == "checkpoints":
         record["order_by"] = orders.averaged(looks)
-    if one.order in ("landmarks", "prior"):
-        if one.order == "landmarks":
-            record["order_by"], extra = orders.by_landmarks(search, connector, seed, found, LANDMARKS[bench.case])
-        else:
-            record["order_by"], extra = orders.with_prior(search, seed, found)
-        record |= {"flops": record["flops"] + extra.flops, "seconds": record["seconds"] + extra.seconds}
+    elif one.order == "landmarks":
+        record["order_by"], extra = orders.by_landmarks(search, connector, seed, found, LANDMARKS[bench.case])
+    elif one.order == "prior":
+        record["order_by"], extra = orders.with_prior(search, seed, found)
+    record |= {"flops": record["flops"] + extra.flops, "seconds": record["seconds"] + extra.seconds}
     details = {"loss": "validation loss", "blind loss": "blind validation loss", "blind": f"blind {task}"}
     return record | {name: found.ranking.details[key] for name, key in details.items() if key in found.ranking.details}
 
@@ -228,7 +229,8 @@ def run_case(bench: Bench, contestants: Sequence[Contestant], arguments: argpars
             budget = Budget(flops=share * found.flops if share else None)
             name = f"{one.trained_as or one.label}-{connector}-{share:g}-{seed}"
             result = bench.unit(name, partial(compete, bench, one, connector, seed, budget))
-            order = orders.READINGS[one.order](result) if one.trained_as else result["order_by"]
+            reading = orders.READINGS.get(one.order)
+            order = reading(result) if reading else result["order_by"]
             runs.append(result | {"share": share, "label": one.label, "order_by": order})
     return {"oracle": oracles, "runs": runs}
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,6 @@ PRIOR_WEIGHT = 0.2
 """Of the mutual nearest neighbours in the order; the test score has the rest. Chosen on split 1."""
 
 READINGS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
-    "own": lambda run: run["order_by"],
     "gain over blind": lambda run: [score - blind for score, blind in zip(run["test"], run["blind"], strict=True)],
     "loss": lambda run: [-loss for loss in run["loss"]],
     "loss gain": lambda run: [blind - loss for loss, blind in zip(run["loss"], run["blind loss"], strict=True)],
@@ -101,7 +99,7 @@ def by_landmarks(
     outcome = search.trainer(plan, bank).fit()
     after = next(iter(search.task.evaluate(bank, spec).scores.values()))
     scores = next(iter(found.ranking.scores.values()))
-    return calibrated(grid, scores, members, after), replace(outcome.training)
+    return calibrated(grid, scores, members, after), outcome.training
 
 
 def with_prior(search: Search, seed: int, found: Found) -> tuple[list[float], Cost]:
