@@ -2,14 +2,15 @@
 
 Notable: hidden states of supervised positions are gathered before the vocabulary product; that product runs over
 chunks of the vocabulary's rows with an online log-sum-exp, so that no [tokens, vocabulary] tensor exists; backward
-makes the chunks again from the vector of log-sum-exps; the head is frozen and gets no gradient; float32 accumulation
-under half precision; Liger's fused kernel takes over on a GPU where it is installed.
+makes the chunks again from the vector of log-sum-exps; the head is frozen and gets no gradient; 16-bit factors are
+multiplied as such and summed in float32; Liger's fused kernel takes over on a GPU where it is installed.
 """
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,6 +84,22 @@ def _product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) @ columns.to(dtype)
 
 
+@contextmanager
+def _bfloat16_factors(wanted: bool) -> Iterator[None]:
+    """Let a CPU take the factors of float32 products in bfloat16 and sum in float32, where it has units for that.
+
+    torch multiplies bfloat16 into float32 on a GPU only; this is the way to the same on a CPU, three times as fast.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if wanted:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """-log p(target) per row, see `token_losses`; `apply(hidden, weight, targets, bias, softcap, scale, chunk)`."""
 
@@ -100,7 +117,8 @@ class _ChunkedLoss(torch.autograd.Function):
         dtype = accumulation_dtype(hidden)
         ctx.softcap, ctx.scale, ctx.chunk = softcap, scale, chunk
         lse = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
+        narrow = hidden.dtype == weight.dtype == torch.bfloat16
+        with torch.autocast(hidden.device.type, enabled=False), _bfloat16_factors(narrow):
             for start in range(0, len(weight), chunk):
                 rows = slice(start, start + chunk)
                 logits = _logits(hidden, weight[rows], None if bias is None else bias[rows], softcap, scale, dtype)
@@ -120,7 +138,8 @@ class _ChunkedLoss(torch.autograd.Function):
         dtype = lse.dtype
         pulled = torch.zeros_like(hidden, dtype=dtype)
         share = (gradient.to(dtype) * ctx.scale)[:, None]
-        with torch.autocast(hidden.device.type, enabled=False):
+        narrow = hidden.dtype == weight.dtype == torch.bfloat16
+        with torch.autocast(hidden.device.type, enabled=False), _bfloat16_factors(narrow):
             for start in range(0, len(weight), ctx.chunk):
                 rows = slice(start, start + ctx.chunk)
                 part = weight[rows]

@@ -49,8 +49,8 @@ KEPT_PASSES = 5
 """Times that a kept activation's bytes move: written and read going forward; read again, and its gradient written and
 read, going back."""
 
-WIDTH_PASSES = 69
-"""Times that a token's width moves through a layer of an LLM, forward and back: two RMS norms (14 and 34), two sums (6
+WIDTH_PASSES = 63
+"""Times that a token's width moves through a layer of an LLM, forward and back: two RMS norms (14 and 28), two sums (6
 and 6), and gradients that are added up where three and two products read one input (9)."""
 
 INNER_PASSES = 14

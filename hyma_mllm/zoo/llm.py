@@ -17,6 +17,7 @@ from hyma_mllm.zoo.cards import ModelCard, scheme_and_address
 from hyma_mllm.zoo.llm_attention import widen_attention
 from hyma_mllm.zoo.llm_gguf import convert_gguf, gguf_card, gguf_folder
 from hyma_mllm.zoo.llm_model import Head, LanguageModel
+from hyma_mllm.zoo.llm_norm import lean_norms
 from hyma_mllm.zoo.llm_prefix import Prefix
 from hyma_mllm.zoo.llm_quantise import close_repacking, quantisation_config
 from hyma_mllm.zoo.llm_widen import narrow
@@ -154,7 +155,7 @@ def load_llm(
         model = narrow(model)
     if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
         model = widen_attention(model)
-    llm = LanguageModel(card, model, tokenizer, checkpointing)
+    llm = LanguageModel(card, lean_norms(model), tokenizer, checkpointing)
     if llm.width != card.width:
         raise HymaError(f"{card.id} takes embeddings of width {llm.width} but its card says {card.width}.")
     _check_reading(llm)
