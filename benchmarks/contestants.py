@@ -28,6 +28,7 @@ class Contestant:
         order: what it orders the pairs by.
         families: of connectors that it can make; none for all.
         trained_as: label of the contestant whose training this only reads in another way; none for its own.
+        scaled: whether a fresh connector of an MLLM writes vectors as long as the LLM's own embeddings.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Contestant:
     order: Order = "own"
     families: tuple[str, ...] = ()
     trained_as: str = ""
+    scaled: bool = True
 
 
 POLISH = PolishConfig(top=2, steps=50, optimiser=OptimiserConfig(lr=5e-4))
@@ -157,6 +159,9 @@ ABLATIONS = {
         HYMA,
         RANDOM_START,
         STEP_A_VISIT,
+        _changed("a step a visit, stops when stable", STEP_A_VISIT, _STABLE | {"evaluate_every": 15}),
+        _changed("a row per pair", HYMA, {}, {"condition": "pair"}),
+        replace(RANDOM_START, label="no closed form, unscaled", scaled=False),
         _changed("rate of 3e-3", HYMA, {"optimiser": OptimiserConfig(lr=3e-3)}),
         _changed("rank 32", HYMA, {}, {"rank": 32}),
         _changed("best pair polished", HYMA, {"polish": MLLM_POLISH}),

@@ -13,6 +13,7 @@ with tables and a picture of rank correlation and score against cost. Stored fea
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ from hyma_mllm.search.ledger import Cost
 from hyma_mllm.search.methods import Search
 from hyma_mllm.search.mllm_prepare import prepare_mllm
 from hyma_mllm.search.mllm_score import score_answers
+from hyma_mllm.search.pair_loss import SearchTask
 from hyma_mllm.search.placement import Placement
 from hyma_mllm.search.prepare import prepare, split_rows
 
@@ -170,6 +172,13 @@ def mllm_bench(arguments: argparse.Namespace, unit: oracle.Unit) -> Bench:
     return Bench(make, unit, about, "mllm")
 
 
+def unscaled(task: SearchTask) -> SearchTask:
+    """The same causal task, its connectors' outputs handed to every LLM as they are."""
+    copied = copy.copy(task)
+    copied.scales = lambda spec: [1.0] * len(task.grid)  # type: ignore[attr-defined]
+    return copied
+
+
 def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Budget) -> dict[str, Any]:
     """One run of a contestant: its order of the pairs, its scores, its bill; of an MLLM its losses too."""
     changes = dict(one.search) | ({"budget": budget} if one.trains else {})
@@ -178,6 +187,8 @@ def compete(bench: Bench, one: Contestant, connector: str, seed: int, budget: Bu
         drawn = torch.randperm(len(search.task.train), generator=torch.Generator().manual_seed(seed))
         few = search.task.train[drawn[: round(one.rows * len(drawn))]]
         search.task = replace(search.task, train=few)  # type: ignore[type-var]
+    if not one.scaled:
+        search.task = unscaled(search.task)
     looks: list[list[float]] = []
     if one.order == "checkpoints":
         search.task, looks = orders.watched(search.task)

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tiny_causal import SPEC, make_task
 
 from hyma_mllm import launch
 from hyma_mllm.errors import HymaError
 from hyma_mllm.hypernetwork.presets import HypernetworkConfig
 from hyma_mllm.mllm import MLLMConfig
+from hyma_mllm.search.bank import ConnectorBank
 from hyma_mllm.search.budget import Budget
 from hyma_mllm.search.config import PolishConfig
 from hyma_mllm.search.methods import Search
@@ -147,9 +150,19 @@ def test_a_picture_of_one_cost_has_an_axis(fidelity: ModuleType, tmp_path: Path)
     assert 0 < low < 0.2 < 1 < high
 
 
+def test_unscaled_connectors_hand_on_what_they_say(fidelity: ModuleType) -> None:
+    task, pictures = make_task(), torch.tensor([0, 3])
+    free, source = fidelity.unscaled(task), ConnectorBank(task.grid, SPEC, 3).double()
+    members = [0, 2, 4]
+    plain, shown = (each.seen(source(members), SPEC, pictures)[0] for each in (free, task))
+    for row, scale in enumerate(task.scales(SPEC)[pair] for pair in members):
+        assert scale != pytest.approx(1.0, rel=1e-3)
+        torch.testing.assert_close(plain[row] * scale, shown[row])
+
+
 @pytest.mark.parametrize("case", ["vlm", "mllm"])
 def test_ablations_can_be_built_and_differ(fidelity: ModuleType, case: str) -> None:
-    """As changes of the recipe: no two come to the same search, or to another order of one search's pairs."""
+    """As changes of the recipe: no two come to the same search, or to the same order of one search's pairs."""
     kind: Any = {"vlm": VLMConfig, "mllm": MLLMConfig}[case]
     recipe = launch.parse(kind, fidelity.RECIPES / f"{case}.yaml", arguments=[])[0]
     search = replace(recipe.search, polish=PolishConfig())
@@ -158,7 +171,7 @@ def test_ablations_can_be_built_and_differ(fidelity: ModuleType, case: str) -> N
     built = set()
     for row in rows:
         network = HypernetworkConfig(**asdict(recipe.hypernetwork) | row.hypernetwork)
-        built.add(repr((replace(search, **row.search), network, row.order)))
+        built.add(repr((replace(search, **row.search), network, row.order, row.scaled)))
     assert len(built) == len(rows)
     assert rows[0] == fidelity.CONTESTANTS[case][0]
     trained = {row.label for row in rows}
