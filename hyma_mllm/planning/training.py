@@ -65,9 +65,9 @@ def llm_weights(shape: LLMShape, bytes_of_layers: float, bytes_of_words: float) 
 def layer_activations(shape: LLMShape, tokens: int, before: float, element: int, attention: int) -> float:
     """Bytes that one frozen decoder layer keeps for a pass of `tokens` tokens.
 
-    Frozen linear layers keep nothing of what goes through them. Both norms keep their input in float32; attention its
-    queries, keys, values (those of the prefix with each row) and output; the MLP both of its inner tensors and their
-    product's first factor.
+    Frozen linear layers keep nothing of what goes through them. Both norms keep their input; attention its queries,
+    keys, values (those of the prefix with each row) and output; the MLP both of its inner tensors and their product's
+    first factor.
 
     Args:
         shape: of the LLM.
@@ -76,7 +76,7 @@ def layer_activations(shape: LLMShape, tokens: int, before: float, element: int,
         element: bytes of an entry.
         attention: bytes of an entry within attention.
     """
-    norms = 2 * shape.width * FLOAT
+    norms = 2 * shape.width * element
     attended = (2 * shape.heads_width + 2 * shape.heads_width * (1 + before)) * attention
     return tokens * (norms + attended + 3 * shape.inner * element)
 
